@@ -1,0 +1,1 @@
+"""A minimal DALL·E-style text-to-image transformer: train it on captioned pictures, sample from it, rank with CLIP."""

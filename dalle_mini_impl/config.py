@@ -1,0 +1,312 @@
+"""The recipe: every choice of a run as typed, strict models.
+
+A recipe is written as TOML (``configs/*.toml``), overridden with ``--set section.key=value`` and stored whole in the
+``config.json`` of a checkpoint, so that a checkpoint needs no flags. Unknown keys are refused with the nearest name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Stage = Literal["clip", "vae", "dalle"]
+STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
+View = Literal["plain", "flip"]
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A strict, immutable part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """How captioned pictures are read, cut to squares and split."""
+
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 64
+    """Side of the square pictures in pixels."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How a picture that isn't square becomes one: centre crop, white borders, or stretching."""
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of pictures held out by content hash where the source states no validation split."""
+    views: tuple[View, ...] = ("plain",)
+    """Augmented views in the id cache; each has a learned id, and sampling always asks for "plain"."""
+    image_column: str | None = None
+    """Column that holds the picture, where it can't be told from its name or type."""
+    caption_column: str | None = None
+    """Column that holds the caption or list of captions."""
+    min_side_px: Positive = 16
+    """Pictures with a shorter side are skipped as tiny."""
+    max_megapixels: Annotated[float, Field(gt=0)] = 100.0
+    """Pictures with more pixels are skipped as bombs, before they are decoded."""
+
+    @model_validator(mode="after")
+    def _plain_first(self) -> Self:
+        if not self.views or self.views[0] != "plain" or len(set(self.views)) != len(self.views):
+            raise ValueError(f'data.views is {list(self.views)}; it must start with "plain" and repeat nothing')
+        return self
+
+
+class TextConfig(Section):
+    """The caption tokenizer and the length of the text part of the stream."""
+
+    vocab_size: Annotated[int, Field(ge=300, le=65_536)] = 2048
+    """Upper bound of SentencePiece pieces, 256 byte pieces included; small caption sets get fewer."""
+    max_length: Annotated[int, Field(ge=4, le=1024)] = 64
+    """Most text tokens a caption may take, begin and end included."""
+    fit_length: bool = True
+    """Shorten the text part of the stream to what 99.5 % of the captions need (a multiple of 8)."""
+    bpe_dropout: Share = 0.1
+    """Probability of segmentation sampling while training; 0 always gives the best segmentation."""
+
+
+class VAEConfig(Section):
+    """The discrete VAE: pictures to grids of ids and back."""
+
+    downsample: Literal[4, 8, 16, 32] = 8
+    """Pixels a token covers in each direction (the f of VQGAN)."""
+    patch: Literal[1, 2, 4, 8] = 4
+    """Pixel-unshuffle factor of the stem and pixel-shuffle factor of the head."""
+    width: Positive = 128
+    """Channels right after the stem."""
+    latent_width: Positive = 256
+    """Channels at the grid's resolution."""
+    encoder_blocks: Positive = 2
+    """Residual blocks a level in the encoder."""
+    decoder_blocks: Positive = 3
+    """Residual blocks a level in the decoder."""
+    quantizer: Literal["vq", "fsq", "gumbel"] = "vq"
+    codebook_size: Annotated[int, Field(ge=2, le=65_536)] = 1024
+    """Number of codes of vq and gumbel; fsq has the product of its levels."""
+    code_dim: Positive = 8
+    """Dimension of a code (vq)."""
+    fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = (8, 5, 5, 5)
+    """Levels of each fsq dimension."""
+    codebook_decay: Share = 0.99
+    """EMA decay of the vq codebook."""
+    dead_code_share: Share = 0.03
+    """A vq code used less than this share of the uniform rate is restarted from encoder outputs."""
+    commitment_weight: Annotated[float, Field(ge=0)] = 0.25
+    kl_weight: Annotated[float, Field(ge=0)] = 6.6
+    """Final weight of the gumbel relaxation's KL to the uniform prior, per picture, ramped over kl_warmup."""
+    kl_warmup: Share = 0.2
+    """Share of the run over which the KL weight rises from 0."""
+    temperature_final: Annotated[float, Field(gt=0)] = 1 / 16
+    """Gumbel temperature at the end of temperature_anneal; it starts at 1."""
+    temperature_anneal: Share = 0.8
+    """Share of the run over which the gumbel temperature falls."""
+    reconstruction: Literal["mixed", "logit_laplace"] = "mixed"
+    """mixed: L1 + L2 + SSIM + Laplacian pyramid; logit_laplace: DALL-E 1's likelihood."""
+    l1_weight: Annotated[float, Field(ge=0)] = 1.0
+    l2_weight: Annotated[float, Field(ge=0)] = 1.0
+    ssim_weight: Annotated[float, Field(ge=0)] = 0.25
+    laplacian_weight: Annotated[float, Field(ge=0)] = 0.5
+
+    @property
+    def num_codes(self) -> int:
+        """Size of the image vocabulary."""
+        if self.quantizer != "fsq":
+            return self.codebook_size
+        codes = 1
+        for levels in self.fsq_levels:
+            codes *= levels
+        return codes
+
+    @model_validator(mode="after")
+    def _patch_fits(self) -> Self:
+        if self.patch > self.downsample:
+            raise ValueError(f"vae.patch is {self.patch}, more than vae.downsample {self.downsample}: lower it")
+        return self
+
+
+class CLIPConfig(Section):
+    """Two towers that share one space."""
+
+    embed_dim: Positive = 256
+    image_width: Positive = 64
+    """Channels of the image tower's first level; each of its three levels doubles it."""
+    image_blocks: Positive = 2
+    """Residual blocks a level."""
+    text_width: Positive = 192
+    text_layers: Positive = 3
+    text_heads: Positive = 4
+    loss: Literal["siglip", "infonce"] = "infonce"
+    reconstructed_share: Share = 0.33
+    """Share of training pictures passed through the VAE, once it is trained, so that decodes are judged fairly."""
+
+
+class DALLEConfig(Section):
+    """The decoder-only transformer over the one stream."""
+
+    dim: Positive = 256
+    layers: Positive = 8
+    heads: Positive = 4
+    ffn: Literal["relu2", "swiglu"] = "relu2"
+    ffn_multiple: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of the feed-forward layer as a multiple of dim (2.67 matches a swiglu to 4 of relu2)."""
+    dropout: Share = 0.0
+    token_corruption: Share = 0.02
+    """Share of image input ids replaced by random ones in training."""
+    caption_dropout: Share = 0.1
+    """Share of captions replaced by the null caption in training."""
+    text_loss_weight: Share = 0.125
+    """Weight of the text loss; the image loss has the rest."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.dim % self.heads or (self.dim // self.heads) % 4:
+            raise ValueError(f"dalle.dim {self.dim} must be heads {self.heads} times a multiple of 4")
+        return self
+
+
+class StageConfig(Section):
+    """How one stage is trained."""
+
+    steps: Positive = 2000
+    """Optimiser steps; --budget replaces them by what fits into the stage's share of the time."""
+    budget_share: Annotated[float, Field(gt=0)] = 1.0
+    """The stage's share of a --budget, relative to the other stages that run."""
+    batch_size: Positive = 64
+    """Pictures a step, over all processes and accumulation steps together."""
+    micro_batch_size: Positive | None = None
+    """Pictures a process computes at once; smaller than its part of the batch means gradient accumulation."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon trains the hidden matrices with Muon and everything else with AdamW."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    decay_share: Share = 0.5
+    """Share of the run over which the learning rate falls linearly to final_lr_share."""
+    final_lr_share: Share = 0.02
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    """Decay of the averaged weights that are evaluated and kept; 0 keeps the raw weights."""
+    evaluations: Positive = 5
+    """Evaluations spread evenly over the run, the last at its end."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast where the hardware computes it natively."""
+    compile: bool = False
+    """torch.compile the training step."""
+
+
+class TrainConfig(Section):
+    """The three stages."""
+
+    clip: StageConfig = StageConfig(steps=1500, budget_share=0.14, batch_size=128, learning_rate=1e-3)
+    vae: StageConfig = StageConfig(steps=4000, budget_share=0.3, batch_size=32, learning_rate=1e-3)
+    dalle: StageConfig = StageConfig(steps=4000, budget_share=0.56, batch_size=64, learning_rate=2e-3)
+
+
+class SamplingConfig(Section):
+    """What the sampler does where the caller doesn't say."""
+
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 always takes the likeliest token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Keep the likeliest tokens whose probabilities add up to top_p."""
+    guidance: Annotated[float, Field(ge=0)] = 3.0
+    """Classifier-free guidance scale; 1 means none."""
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """linear and cosine let the scale rise from 1 at the first token to guidance at the last."""
+
+
+class Recipe(Section):
+    """Everything a run needs besides its data."""
+
+    name: str = "custom"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    vae: VAEConfig = VAEConfig()
+    clip: CLIPConfig = CLIPConfig()
+    dalle: DALLEConfig = DALLEConfig()
+    train: TrainConfig = TrainConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> Self:
+        if self.data.image_size % self.vae.downsample:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} is not a multiple of vae.downsample {self.vae.downsample}"
+            )
+        return self
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the token grid."""
+        return self.data.image_size // self.vae.downsample
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Self:
+        """Builds a recipe from nested values and ``section.key=value`` overrides (values are TOML, else plain text).
+
+        Raises ValueError that names each bad key with its nearest right one, and each bad value with its limit.
+        """
+        tree: dict[str, Any] = json.loads(json.dumps(values))
+        for override in overrides:
+            _apply_override(tree, override)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(cls, item, where) for item in error.errors())) from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Reads a recipe from a TOML file; see `parse` for the errors."""
+        path = Path(path)
+        if not path.is_file():
+            near = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+            raise ValueError(f"no recipe at {path}" + (f"; there are {', '.join(near)}" if near else ""))
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        return cls.parse({"name": path.stem, **values}, overrides, where=str(path))
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one ``a.b=value`` in a nested dictionary, in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"--set {override!r} must read section.key=value, for example train.dalle.steps=500")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"--set {override!r}: {parent} is a value, not a section")
+    node[leaf] = value
+
+
+def _explain(model: type[BaseModel], error: Any, where: str) -> str:
+    """One line of a pydantic error in the user's own terms."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location) or where
+    if error["type"] != "extra_forbidden":
+        given = error.get("input")
+        return f"{where}: {name}: {error['msg']}" + ("" if isinstance(given, dict) else f" (given {given!r})")
+    section: Any = model
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    known = list(section.model_fields)
+    nearest = difflib.get_close_matches(location[-1], known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+    return f"{where}: unknown key {name!r}; {hint}"

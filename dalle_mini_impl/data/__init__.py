@@ -1,0 +1,1 @@
+"""Captioned pictures in: sources, preparation, made scenes, caches."""

@@ -1,0 +1,1 @@
+"""Attention, rotary positions and transformer blocks."""

@@ -1,0 +1,1 @@
+"""The discrete VAE: pictures to grids of ids and back."""
