@@ -76,9 +76,9 @@ class VAEConfig(Section):
     """Pixels a token covers in each direction (the f of VQGAN)."""
     patch: Literal[1, 2, 4, 8] = 4
     """Pixel-unshuffle factor of the stem and pixel-shuffle factor of the head."""
-    width: Positive = 128
+    width: Positive = 64
     """Channels right after the stem."""
-    latent_width: Positive = 256
+    latent_width: Positive = 128
     """Channels at the grid's resolution."""
     encoder_blocks: Positive = 2
     """Residual blocks a level in the encoder."""
@@ -132,13 +132,14 @@ class CLIPConfig(Section):
     """Two towers that share one space."""
 
     embed_dim: Positive = 256
-    image_width: Positive = 64
-    """Channels of the image tower's first level; each of its three levels doubles it."""
-    image_blocks: Positive = 2
-    """Residual blocks a level."""
-    text_width: Positive = 192
+    """Dimension of the shared space."""
+    stem_width: Positive = 64
+    """Channels of the image tower's convolutional stem."""
+    width: Positive = 192
+    """Width of both towers' transformers."""
+    heads: Positive = 4
+    image_layers: Positive = 3
     text_layers: Positive = 3
-    text_heads: Positive = 4
     loss: Literal["siglip", "infonce"] = "infonce"
     reconstructed_share: Share = 0.33
     """Share of training pictures passed through the VAE, once it is trained, so that decodes are judged fairly."""

@@ -1,0 +1,224 @@
+"""DALL·E: a decoder-only transformer over one stream of caption and picture tokens (arXiv 2102.12092).
+
+It knows ids only and never sees a pixel. `DALLE.generate` is the slow, obvious sampler: no cache, the whole stream
+again for every token. Every faster path is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_mini_impl.config import DALLEConfig
+from dalle_mini_impl.layers.attention import KVCache
+from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.layers.rope import stream_angles
+from dalle_mini_impl.stream import PAD, Stream
+
+
+@dataclass(frozen=True)
+class DALLELosses:
+    """Summed negative log-likelihoods in nats and the numbers of tokens behind them, all 0-d tensors.
+
+    Sums, not means, so that the loss of a global batch doesn't depend on how it was cut up.
+    """
+
+    text_nll_sum: Tensor
+    num_text: Tensor
+    image_nll_sum: Tensor
+    num_image: Tensor
+
+    def total(self, text_weight: float, num_text: Tensor | float, num_image: Tensor | float) -> Tensor:
+        """text_weight × text mean + (1 - text_weight) × image mean, the means over the given global counts."""
+        text = self.text_nll_sum / torch.as_tensor(num_text, device=self.text_nll_sum.device).clamp(min=1)
+        image = self.image_nll_sum / torch.as_tensor(num_image, device=self.image_nll_sum.device).clamp(min=1)
+        return text_weight * text + (1 - text_weight) * image
+
+
+class DALLE(nn.Module):
+    """The transformer: embeddings, trunk, and a head for each vocabulary."""
+
+    def __init__(self, config: DALLEConfig, stream: Stream, num_views: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.stream = stream
+        self.num_views = num_views
+        dim = config.dim
+        self.text_embedding = nn.Embedding(stream.text_vocab, dim)
+        self.image_embedding = nn.Embedding(stream.image_vocab, dim)
+        self.text_pad = nn.Embedding(stream.text_length, dim)  # a learned pad for each text slot
+        self.text_position = nn.Embedding(stream.text_length, dim)
+        self.target_row = nn.Embedding(stream.grid_size, dim)  # of the cell being predicted
+        self.target_column = nn.Embedding(stream.grid_size, dim)
+        self.view_embedding = nn.Embedding(num_views, dim) if num_views > 1 else None
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                config.heads,
+                causal=True,
+                ffn=config.ffn,
+                ffn_multiple=config.ffn_multiple,
+                dropout=config.dropout,
+            )
+            for _ in range(config.layers)
+        )
+        self.final_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.text_head = nn.Linear(dim, stream.text_vocab, bias=False)
+        self.image_head = nn.Linear(dim, stream.image_vocab, bias=False)
+        angles = stream_angles(stream, dim // config.heads)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        self.rope_cos: Tensor
+        self.rope_sin: Tensor
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Small embeddings and heads; hidden matrices by fan-in; output projections stay zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.attention.qkv, block.ffn.up):
+                nn.init.normal_(linear.weight, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.image_head.weight)
+        nn.init.zeros_(self.text_head.weight)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights of the trunk's linear layers, which Muon may train."""
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
+
+    def forward(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of every next token.
+
+        text_ids: (B, T) int64. image_ids: (B, n) int64, the first n ≤ N tokens of the pictures; a last one beyond
+        N - 1 is not read. view: (B,) int64 view ids, default the plain view 0.
+        Returns text logits (B, T - 1, text_vocab) of text ids 1 … T-1 and image logits (B, min(n + 1, N),
+        image_vocab) of image ids 0 … n.
+        """
+        self.stream.check_text(text_ids)
+        self.stream.check_image(image_ids)
+        hidden = self._trunk(self._embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view))
+        first = self.stream.first_image_output
+        return self.text_head(hidden[:, :first]), self.image_head(hidden[:, first:])
+
+    def loss(
+        self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None, inputs: Tensor | None = None
+    ) -> DALLELosses:
+        """Negative log-likelihood sums of captions (B, T) and whole pictures (B, N).
+
+        inputs: the image ids that are read, where they differ from those predicted (token corruption).
+        Padding is no target, and a null caption none either: its text is not a caption.
+        """
+        text_logits, image_logits = self(text_ids, image_ids if inputs is None else inputs, view)
+        is_null = (text_ids == self.stream.null_caption().to(text_ids.device)).all(dim=1, keepdim=True)
+        targets = text_ids[:, 1:].masked_fill(is_null, PAD)  # (B, T - 1)
+        text = F.cross_entropy(text_logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum")
+        image = F.cross_entropy(image_logits.float().flatten(0, 1), image_ids.flatten(), reduction="sum")
+        return DALLELosses(
+            text_nll_sum=text,
+            num_text=(targets != PAD).sum(),
+            image_nll_sum=image,
+            num_image=torch.tensor(image_ids.numel(), device=image_ids.device),
+        )
+
+    def prefill(
+        self, text_ids: Tensor, view: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, KVCache]:
+        """Reads captions (B, T) once; returns the logits (B, image_vocab) of image id 0 and the filled KV cache."""
+        self.stream.check_text(text_ids)
+        batch, device = text_ids.shape[0], text_ids.device
+        cache = KVCache.allocate(
+            len(self.blocks),
+            batch,
+            self.config.heads,
+            self.stream.num_inputs,
+            self.config.dim // self.config.heads,
+            device=device,
+            dtype=dtype or self.image_head.weight.dtype,
+        )
+        hidden = self._trunk(self._embed(text_ids, text_ids[:, :0], view), cache)
+        logits: Tensor = self.image_head(hidden[:, -1])
+        return logits, cache
+
+    def decode_step(self, previous_ids: Tensor, index: int, cache: KVCache, view: Tensor | None = None) -> Tensor:
+        """Logits (B, image_vocab) of image id `index` ≥ 1, given image id index - 1 as previous_ids (B,)."""
+        if cache.length != self.stream.text_length + index - 1:
+            raise ValueError(
+                f"image token {index} needs a cache of {self.stream.text_length + index - 1} tokens; "
+                f"this one has {cache.length}"
+            )
+        x = self.image_embedding(previous_ids) + self._target_embedding(index, index + 1)  # (B, dim)
+        if self.view_embedding is not None:
+            x = x + self._view(previous_ids, view)
+        hidden = self._trunk(x[:, None], cache)
+        logits: Tensor = self.image_head(hidden[:, -1])
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        text_ids: Tensor,
+        choose: Callable[[Tensor, int], Tensor],
+        guidance: Callable[[int], float] | None = None,
+        view: Tensor | None = None,
+    ) -> Tensor:
+        """Samples pictures token by token without any cache: the reference for every fast path.
+
+        text_ids: (B, T). choose: takes logits (B, image_vocab) and the token's index, returns ids (B,).
+        guidance: the guidance scale at an index; logits become null + scale × (conditional - null).
+        Returns image ids (B, N). Inputs are never written to.
+        """
+        null_ids = self.stream.null_caption().to(text_ids.device).expand_as(text_ids)
+        image_ids = text_ids[:, :0]
+        for index in range(self.stream.num_image_tokens):
+            logits = self(text_ids, image_ids, view)[1][:, -1].float()
+            scale = 1.0 if guidance is None else guidance(index)
+            if scale != 1.0:
+                null_logits = self(null_ids, image_ids, view)[1][:, -1].float()
+                logits = null_logits + scale * (logits - null_logits)
+            image_ids = torch.cat([image_ids, choose(logits, index)[:, None]], dim=1)
+        return image_ids
+
+    def _embed(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None) -> Tensor:
+        """Input vectors (B, T + n, dim) of a caption and the first n < N image tokens."""
+        is_pad = (text_ids == PAD).unsqueeze(-1)
+        text = torch.where(is_pad, self.text_pad.weight, self.text_embedding(text_ids) + self.text_position.weight)
+        x = torch.cat([text, self.image_embedding(image_ids)], dim=1)
+        num_outputs = image_ids.shape[1] + 1
+        targets = self._target_embedding(0, num_outputs)  # (n + 1, dim)
+        x = x + F.pad(targets, (0, 0, x.shape[1] - num_outputs, 0))
+        if self.view_embedding is not None:
+            x = x + self._view(text_ids, view)[:, None]
+        return x
+
+    def _target_embedding(self, start: int, end: int) -> Tensor:
+        """Row plus column embedding, (end - start, dim), of the cells start … end - 1 that are being predicted."""
+        cell = torch.arange(start, end, device=self.target_row.weight.device)
+        size = self.stream.grid_size
+        embedding: Tensor = self.target_row(cell // size) + self.target_column(cell % size)
+        return embedding
+
+    def _view(self, ids: Tensor, view: Tensor | None) -> Tensor:
+        """View embeddings (B, dim); the plain view unless told otherwise."""
+        assert self.view_embedding is not None
+        if view is None:
+            view = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
+        embedding: Tensor = self.view_embedding(view)
+        return embedding
+
+    def _trunk(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Runs the blocks over (B, L, dim), behind the tokens in the cache."""
+        start = cache.length if cache is not None else 0
+        rope = (self.rope_cos[start : start + x.shape[1]], self.rope_sin[start : start + x.shape[1]])
+        length = x.shape[1]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, None, cache, layer)
+        if cache is not None:
+            cache.advance(length)
+        hidden: Tensor = self.final_norm(x)
+        return hidden

@@ -1,0 +1,118 @@
+"""One attention for every transformer here, with its preallocated KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dalle_mini_impl.layers.rope import rotate
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, preallocated: two tensors (layers, B, H, capacity, D) and the filled length."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> KVCache:
+        """An empty cache."""
+        shape = (layers, batch, heads, capacity, head_dim)
+        return cls(
+            keys=torch.zeros(shape, device=device, dtype=dtype), values=torch.zeros(shape, device=device, dtype=dtype)
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens it holds."""
+        return self.keys.shape[3]
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A new cache whose row i is row rows[i] of this one; rows (n,) int64, repeats allowed."""
+        return KVCache(keys=self.keys[:, rows], values=self.values[:, rows], length=self.length)
+
+    def expand(self, copies: int) -> KVCache:
+        """A new cache with each row repeated `copies` times in a run: prefill once, draw many candidates."""
+        return self.select(torch.arange(self.keys.shape[1], device=self.keys.device).repeat_interleave(copies))
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes (B, H, n, D) keys and values behind the filled length; returns all keys and values of the layer.
+
+        `length` itself moves once a step, by `advance`, when every layer has written.
+        """
+        end = self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} tokens; {end} were asked for: allocate more")
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Counts tokens that every layer has written."""
+        self.length += tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with QK-norm, through scaled_dot_product_attention."""
+
+    def __init__(self, dim: int, heads: int, *, causal: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"attention width {dim} is not a multiple of its {heads} heads")
+        self.heads = heads
+        self.head_dim = dim // heads
+        self.causal = causal
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=1e-6)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Mixes x, (B, L, dim), over its tokens and those in the cache.
+
+        rope: cos and sin, (L, D/2), of the positions of x. mask: (B, 1, 1, L) bool, True where a key may be seen,
+        only without a cache. A causal attention with a cache takes either the first L tokens at once or one token.
+        """
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        q, k = self.query_norm(q), self.key_norm(k)  # (B, H, L, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if cache is not None:
+            assert x.shape[1] == 1 or cache.length == 0, "a cache is filled from the start, or token by token"
+            k, v = cache.append(layer, k, v)
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k.to(q.dtype),
+            v.to(q.dtype),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and x.shape[1] > 1,
+        )
+        out: Tensor = self.out(rearrange(mixed, "b h l d -> b l (h d)"))
+        return out

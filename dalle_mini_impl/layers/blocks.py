@@ -1,0 +1,66 @@
+"""The pre-norm transformer block, shared by DALL·E and CLIP's towers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_mini_impl.layers.attention import Attention, KVCache
+
+
+class FeedForward(nn.Module):
+    """relu2: W₂ relu(W₁ x)² (Primer, arXiv 2109.08668); swiglu: W₂ (silu(W_g x) · W₁ x) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, kind: Literal["relu2", "swiglu"], multiple: float) -> None:
+        super().__init__()
+        hidden = max(8, int(dim * multiple / 8 + 0.5) * 8)
+        self.kind = kind
+        self.up = nn.Linear(dim, hidden * (2 if kind == "swiglu" else 1), bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, dim) to (B, L, dim)."""
+        hidden = self.up(x)
+        if self.kind == "swiglu":
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * hidden
+        else:
+            hidden = F.relu(hidden).square()
+        out: Tensor = self.down(hidden)
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool,
+        ffn: Literal["relu2", "swiglu"] = "relu2",
+        ffn_multiple: float = 4.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attention = Attention(dim, heads, causal=causal, dropout=dropout)
+        self.ffn_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.ffn = FeedForward(dim, ffn, ffn_multiple)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """(B, L, dim) to (B, L, dim); arguments as in Attention."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache, layer))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
