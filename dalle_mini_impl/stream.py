@@ -35,7 +35,9 @@ class Stream:
 
     def __post_init__(self) -> None:
         if self.text_length < 2 or self.grid_size < 1:
-            raise ValueError(f"a stream needs 2 text slots and a grid of 1, not {self.text_length} and {self.grid_size}")
+            raise ValueError(
+                f"a stream needs 2 text slots and a grid of 1, not {self.text_length} and {self.grid_size}"
+            )
         if self.text_vocab <= NUM_SPECIAL or self.image_vocab < 2:
             raise ValueError(
                 f"a stream needs more than {NUM_SPECIAL} text ids and at least 2 image ids, "

@@ -63,4 +63,5 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, L, dim) to (B, L, dim); arguments as in Attention."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache, layer))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return out

@@ -1,0 +1,140 @@
+"""CLIP: pictures and captions in one space (arXiv 2103.00020), trained with InfoNCE or SigLIP (arXiv 2303.15343)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_mini_impl.config import CLIPConfig
+from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.stream import PAD
+
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class ImageTower(nn.Module):
+    """A convolutional stem to a grid of about 8×8 vectors, then a transformer over it, then their mean."""
+
+    def __init__(self, config: CLIPConfig, image_size: int) -> None:
+        super().__init__()
+        self.fold = 4 if image_size % 8 == 0 else 1
+        side = image_size // self.fold
+        layers: list[nn.Module] = [
+            nn.PixelUnshuffle(self.fold),
+            nn.Conv2d(3 * self.fold**2, config.stem_width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(config.stem_width, config.stem_width, 3, padding=1),
+        ]
+        width = config.stem_width
+        while side > 8:
+            layers += [nn.ReLU(), nn.Conv2d(width, config.width, 3, stride=2, padding=1)]
+            width, side = config.width, (side + 1) // 2
+        layers += [nn.ReLU(), nn.Conv2d(width, config.width, 1)]
+        self.stem = nn.Sequential(*layers)
+        self.position = nn.Parameter(torch.randn(side * side, config.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.image_layers))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.project = nn.Linear(config.width, config.embed_dim, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) in [0, 1] to vectors (B, E)."""
+        x = self.stem(((images - 0.5) * 2).contiguous(memory_format=torch.channels_last))
+        x = x.flatten(2).transpose(1, 2) + self.position  # (B, L, width)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.project(self.norm(x).mean(dim=1))
+        return out
+
+
+class TextTower(nn.Module):
+    """A bidirectional transformer over the caption's tokens, then their mean; padding is never seen."""
+
+    def __init__(self, config: CLIPConfig, text_length: int, text_vocab: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(text_vocab, config.width)
+        self.position = nn.Parameter(torch.randn(text_length, config.width) * 0.02)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.text_layers))
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.project = nn.Linear(config.width, config.embed_dim, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, text_ids: Tensor) -> Tensor:
+        """Caption ids (B, T) to vectors (B, E)."""
+        real = text_ids != PAD  # (B, T)
+        x = self.embedding(text_ids) + self.position
+        for block in self.blocks:
+            x = block(x, mask=real[:, None, None, :])
+        x = self.norm(x) * real[:, :, None]
+        out: Tensor = self.project(x.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1))
+        return out
+
+
+class CLIP(nn.Module):
+    """Two towers that put a picture and its caption in the same direction."""
+
+    def __init__(self, config: CLIPConfig, image_size: int, text_length: int, text_vocab: int) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size = image_size
+        self.text_length = text_length
+        self.image_tower = ImageTower(config, image_size)
+        self.text_tower = TextTower(config, text_length, text_vocab)
+        siglip = config.loss == "siglip"
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0 if siglip else 1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.full((1,), -10.0)) if siglip else None
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The weights of both transformers' linear layers, which Muon may train."""
+        towers = (self.image_tower.blocks, self.text_tower.blocks)
+        return [p for tower in towers for p in tower.parameters() if p.ndim == 2]
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) in [0, 1] to unit vectors (B, E), fp32."""
+        size = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, {size}, {size})")
+        return F.normalize(self.image_tower(images).float(), dim=1)
+
+    def encode_text(self, text_ids: Tensor) -> Tensor:
+        """Caption ids (B, T) int64 to unit vectors (B, E), fp32."""
+        if text_ids.ndim != 2 or text_ids.shape[1] != self.text_length:
+            raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}; expected (B, {self.text_length})")
+        return F.normalize(self.text_tower(text_ids).float(), dim=1)
+
+    def forward(self, images: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of B pictures and their captions, (B, E) each."""
+        return self.encode_image(images), self.encode_text(text_ids)
+
+    def contrast(self, image_vectors: Tensor, text_vectors: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
+        """The contrastive loss of unit vectors (B, E) and (M, E), a 0-d mean.
+
+        image_keys (B,) and text_keys (M,) int64: equal keys mark a positive pair, so that equal captions are never
+        each other's negatives. Each picture needs a positive among the texts and each text one among the pictures.
+        """
+        logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image_vectors @ text_vectors.t()  # (B, M)
+        positive = image_keys[:, None] == text_keys[None, :]
+        if self.logit_bias is not None:
+            signs = positive.to(logits.dtype) * 2 - 1
+            return -F.logsigmoid(signs * (logits + self.logit_bias)).sum() / logits.shape[0]
+        return 0.5 * (_multi_positive_nll(logits, positive) + _multi_positive_nll(logits.t(), positive.t()))
+
+    def loss(self, images: Tensor, text_ids: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of B pairs and its metrics (0-d, detached): the share of pictures that find their caption.
+
+        keys: (B,) int64, equal where captions are equal.
+        """
+        image_vectors, text_vectors = self(images, text_ids)
+        loss = self.contrast(image_vectors, text_vectors, keys, keys)
+        with torch.no_grad():
+            found = (keys[(image_vectors @ text_vectors.t()).argmax(dim=1)] == keys).float().mean()
+        return loss, {"batch_recall": found, "logit_scale": self.logit_scale.detach().exp()[0]}
+
+
+def _multi_positive_nll(logits: Tensor, positive: Tensor) -> Tensor:
+    """-log of the probability that a row's softmax puts on its positives, averaged over positives, then rows."""
+    log_probs = logits.log_softmax(dim=1)
+    weights = positive.to(logits.dtype)
+    return -((log_probs * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)).mean()

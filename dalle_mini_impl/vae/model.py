@@ -1,0 +1,88 @@
+"""The discrete VAE: pictures to grids of ids and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.config import VAEConfig
+from dalle_mini_impl.vae.backbone import build_decoder, build_encoder
+from dalle_mini_impl.vae.losses import from_logit_laplace, logit_laplace_nll, mixed_loss
+from dalle_mini_impl.vae.quantizers import Quantized, build_quantizer
+
+
+@dataclass(frozen=True)
+class VAEOutput:
+    """raw: the decoder's output (B, 3 or 6, S, S). reconstruction: pictures (B, 3, S, S), unclamped while training."""
+
+    raw: Tensor
+    reconstruction: Tensor
+    quantized: Quantized
+
+
+class DiscreteVAE(nn.Module):
+    """Encoder, quantizer and decoder. Pictures are (B, 3, S, S) in [0, 1] going in and coming out."""
+
+    def __init__(self, config: VAEConfig, image_size: int) -> None:
+        super().__init__()
+        if image_size % config.downsample:
+            raise ValueError(f"image size {image_size} is not a multiple of vae.downsample {config.downsample}")
+        self.config = config
+        self.image_size = image_size
+        self.grid_size = image_size // config.downsample
+        self.quantizer = build_quantizer(config)
+        self.num_codes = self.quantizer.num_codes
+        self.encoder = build_encoder(config, self.quantizer.in_channels)
+        raw_channels = 6 if config.reconstruction == "logit_laplace" else 3
+        self.decoder = build_decoder(config, self.quantizer.out_channels, raw_channels)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) in [0, 1] to ids (B, N) int64, row by row."""
+        return self.quantizer.ids(self.encoder(self._check(images)))
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids (B, N) int64 to pictures (B, 3, S, S) in [0, 1], fp32."""
+        if ids.ndim != 2 or ids.shape[1] != self.grid_size**2:
+            raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, {self.grid_size**2})")
+        raw = self.decoder(self.quantizer.vectors(ids, self.grid_size))
+        return self._pictures(raw.float()).clamp(0, 1)
+
+    def forward(self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None) -> VAEOutput:
+        """The training pass over pictures (B, 3, S, S) in [0, 1]; progress in [0, 1] drives the gumbel schedules."""
+        latents = self.encoder(self._check(images))
+        with torch.autocast(images.device.type, enabled=False):
+            quantized = self.quantizer(latents.float(), progress, generator)
+        raw = self.decoder(quantized.vectors).float()
+        return VAEOutput(raw, self._pictures(raw), quantized)
+
+    def loss(
+        self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar training loss, a mean over the batch, and its terms (0-d, detached)."""
+        output = self(images, progress, generator)
+        terms = dict(output.quantized.losses)
+        if "kl" in terms:  # nats a picture; the reconstruction terms are means over values
+            terms["kl"] = terms["kl"] / images[0].numel()
+        if self.config.reconstruction == "logit_laplace":
+            mean, log_scale = output.raw.chunk(2, dim=1)
+            terms["logit_laplace"] = logit_laplace_nll(images.float(), mean, log_scale)
+        else:
+            terms |= mixed_loss(images.float(), output.reconstruction, self.config)
+        total = torch.stack(list(terms.values())).sum()
+        return total, {name: term.detach() for name, term in terms.items()}
+
+    def _pictures(self, raw: Tensor) -> Tensor:
+        """Pictures from the decoder's fp32 output: nominally in [0, 1]."""
+        if self.config.reconstruction == "logit_laplace":
+            return from_logit_laplace(raw[:, :3])
+        return raw + 0.5
+
+    def _check(self, images: Tensor) -> Tensor:
+        """Pictures as the encoder wants them: centred on 0, channels last."""
+        size = self.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, {size}, {size})")
+        return (images - 0.5).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,241 @@
+"""Three ways from a grid of vectors to a grid of ids, behind one result: vq, fsq and gumbel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_mini_impl.config import VAEConfig
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """vectors: (B, C, H, W) for the decoder. ids: (B, H × W) int64. losses: named 0-d terms of the training loss."""
+
+    vectors: Tensor
+    ids: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Quantizer(nn.Module):
+    """The interface of the three: `in_channels` come from the encoder, `out_channels` go to the decoder."""
+
+    num_codes: int
+    in_channels: int
+    out_channels: int
+
+    def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
+        """Quantizes latents (B, in_channels, H, W) for training; progress is the share of the run that is done."""
+        raise NotImplementedError
+
+    def ids(self, latents: Tensor) -> Tensor:
+        """Hard ids (B, H × W) int64 of latents (B, in_channels, H, W)."""
+        raise NotImplementedError
+
+    def vectors(self, ids: Tensor, height: int) -> Tensor:
+        """The decoder's input (B, out_channels, height, W) for ids (B, height × W)."""
+        raise NotImplementedError
+
+
+def _rows(latents: Tensor) -> Tensor:
+    """(B, C, H, W) to (B × H × W, C) in fp32."""
+    return latents.float().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _grid(rows: Tensor, batch: int, height: int) -> Tensor:
+    """(B × H × W, C) to (B, C, H, W)."""
+    return rows.view(batch, height, -1, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest neighbour on the unit sphere, codes kept by EMA, dead codes restarted (VQ-VAE-2, ViT-VQGAN).
+
+    The codebook starts from the first batch's encoder outputs; a code whose EMA count falls below
+    `dead_code_share` of the uniform count is moved onto a random encoder output of the batch.
+    """
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.num_codes = config.codebook_size
+        self.in_channels = self.out_channels = config.code_dim
+        self.decay = config.codebook_decay
+        self.dead_share = config.dead_code_share
+        self.commitment_weight = config.commitment_weight
+        codebook = F.normalize(torch.randn(self.num_codes, config.code_dim), dim=1)
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("ema_counts", torch.zeros(self.num_codes))
+        self.register_buffer("ema_sums", torch.zeros_like(codebook))
+        self.register_buffer("started", torch.zeros(1))
+        self.codebook: Tensor
+        self.ema_counts: Tensor
+        self.ema_sums: Tensor
+        self.started: Tensor
+
+    def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
+        """Straight-through quantization; while training, also moves the codebook."""
+        batch, _, height, _ = latents.shape
+        rows = F.normalize(_rows(latents), dim=1)
+        if self.training and not bool(self.started):
+            self._start(rows.detach(), generator)
+        ids = self._nearest(rows.detach())
+        codes = self.codebook[ids]
+        if self.training:
+            self._update(rows.detach(), ids, generator)
+        loss = self.commitment_weight * F.mse_loss(rows, codes) * rows.shape[1]
+        straight = rows + (codes - rows).detach()
+        return Quantized(_grid(straight, batch, height), ids.view(batch, -1), {"commitment": loss})
+
+    def ids(self, latents: Tensor) -> Tensor:
+        """Nearest codes."""
+        return self._nearest(F.normalize(_rows(latents), dim=1)).view(latents.shape[0], -1)
+
+    def vectors(self, ids: Tensor, height: int) -> Tensor:
+        """The codes themselves."""
+        return _grid(self.codebook[ids.flatten()], ids.shape[0], height)
+
+    def _nearest(self, rows: Tensor) -> Tensor:
+        return (rows @ self.codebook.t()).argmax(dim=1)
+
+    def _start(self, rows: Tensor, generator: torch.Generator | None) -> None:
+        self.codebook.copy_(_random_rows(rows, self.num_codes, generator))
+        self.ema_counts.fill_(rows.shape[0] / self.num_codes)
+        self.ema_sums.copy_(self.codebook * self.ema_counts[:, None])
+        self.started.fill_(1)
+
+    def _update(self, rows: Tensor, ids: Tensor, generator: torch.Generator | None) -> None:
+        counts = torch.bincount(ids, minlength=self.num_codes).to(rows.dtype)
+        sums = torch.zeros_like(self.codebook).index_add_(0, ids, rows)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.ema_counts.lerp_(counts, 1 - self.decay)
+        self.ema_sums.lerp_(sums, 1 - self.decay)
+        uniform = self.ema_counts.sum() / self.num_codes
+        dead = (self.ema_counts < self.dead_share * uniform)[:, None]
+        fresh = _random_rows(rows, self.num_codes, generator)
+        self.ema_sums.copy_(torch.where(dead, fresh * uniform, self.ema_sums))
+        self.ema_counts.copy_(torch.where(dead[:, 0], uniform, self.ema_counts))
+        self.codebook.copy_(F.normalize(self.ema_sums, dim=1))
+
+
+def _random_rows(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` random rows, slightly moved so that no two are equal; every rank gets the first rank's."""
+    device = generator.device if generator is not None else rows.device
+    picks = torch.randint(rows.shape[0], (count,), generator=generator, device=device).to(rows.device)
+    noise = torch.randn(count, rows.shape[1], generator=generator, device=device).to(rows.device)
+    fresh = F.normalize(rows[picks] + 0.01 * noise, dim=1)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(fresh, src=0)
+    return fresh
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """Each channel rounded to a few levels: a codebook that can't collapse (FSQ, arXiv 2309.15505)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.num_codes = config.num_codes
+        self.in_channels = self.out_channels = len(config.fsq_levels)
+        levels = torch.tensor(config.fsq_levels)
+        self.register_buffer("levels", levels, persistent=False)
+        basis = torch.cat([torch.ones(1, dtype=torch.long), levels[:-1].cumprod(0)])
+        self.register_buffer("basis", basis, persistent=False)
+        self.levels: Tensor
+        self.basis: Tensor
+
+    def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
+        """Straight-through rounding."""
+        batch, _, height, _ = latents.shape
+        bounded = self._bound(_rows(latents))
+        straight = bounded + (bounded.round() - bounded).detach()
+        return Quantized(self._centre(straight, batch, height), self._pack(bounded).view(batch, -1))
+
+    def ids(self, latents: Tensor) -> Tensor:
+        """Rounded levels as one number in mixed radix."""
+        return self._pack(self._bound(_rows(latents))).view(latents.shape[0], -1)
+
+    def vectors(self, ids: Tensor, height: int) -> Tensor:
+        """Levels scaled to [-1, 1]."""
+        rows = (ids.flatten()[:, None] // self.basis) % self.levels
+        return self._centre(rows.float(), ids.shape[0], height)
+
+    def _bound(self, rows: Tensor) -> Tensor:
+        """To [0, levels - 1], every level equally wide."""
+        return torch.sigmoid(rows) * self.levels - 0.5
+
+    def _pack(self, bounded: Tensor) -> Tensor:
+        rounded = bounded.round().long().clamp(min=0)
+        return (torch.minimum(rounded, self.levels - 1) * self.basis).sum(dim=1)
+
+    def _centre(self, rows: Tensor, batch: int, height: int) -> Tensor:
+        return _grid(2 * rows / (self.levels - 1) - 1, batch, height)
+
+
+class GumbelQuantizer(Quantizer):
+    """DALL·E 1's relaxation: softmax of logits plus Gumbel noise, colder and colder (arXiv 2102.12092, section 2.1)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.num_codes = self.in_channels = config.codebook_size
+        self.out_channels = config.latent_width
+        self.config = config
+        self.codebook = nn.Embedding(self.num_codes, self.out_channels)
+
+    def temperature(self, progress: float) -> float:
+        """Falls from 1 to temperature_final along a cosine over temperature_anneal of the run."""
+        config = self.config
+        done = min(1.0, progress / config.temperature_anneal) if config.temperature_anneal else 1.0
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
+        return config.temperature_final + (1 - config.temperature_final) * cosine
+
+    def kl_weight(self, progress: float) -> float:
+        """Rises linearly from 0 to kl_weight over kl_warmup of the run."""
+        return self.config.kl_weight * (min(1.0, progress / self.config.kl_warmup) if self.config.kl_warmup else 1.0)
+
+    def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
+        """Soft codes while training, hard ones in evaluation; the KL is per picture, divided by its pixels later."""
+        batch, _, height, _ = latents.shape
+        logits = _rows(latents)  # (B·H·W, K)
+        log_probs = logits.log_softmax(dim=1)
+        divergence = (log_probs.exp() * (log_probs + torch.log(torch.tensor(float(self.num_codes))))).sum() / batch
+        ids = logits.argmax(dim=1)
+        if self.training:
+            uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(1e-10, 1 - 1e-7)
+            noisy = (logits - (-uniform.log()).log()) / self.temperature(progress)
+            rows = noisy.softmax(dim=1) @ self.codebook.weight.float()
+        else:
+            rows = self.codebook(ids).float()
+        losses = {"kl": self.kl_weight(progress) * divergence}
+        return Quantized(_grid(rows, batch, height), ids.view(batch, -1), losses)
+
+    def ids(self, latents: Tensor) -> Tensor:
+        """The likeliest codes."""
+        return _rows(latents).argmax(dim=1).view(latents.shape[0], -1)
+
+    def vectors(self, ids: Tensor, height: int) -> Tensor:
+        """The codes' embeddings."""
+        return _grid(self.codebook(ids.flatten()), ids.shape[0], height)
+
+
+def build_quantizer(config: VAEConfig) -> Quantizer:
+    """The quantizer a recipe asks for."""
+    kinds: dict[str, type[Quantizer]] = {
+        "vq": VectorQuantizer,
+        "fsq": FiniteScalarQuantizer,
+        "gumbel": GumbelQuantizer,
+    }
+    return kinds[config.quantizer](config)
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[float, float]:
+    """Share of codes used at least once, and exp of the entropy of their use (at most the number of codes).
+
+    counts: (K,) how often each code was used.
+    """
+    share = counts.double() / counts.sum().clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    return (counts > 0).double().mean().item(), entropy.exp().item()
