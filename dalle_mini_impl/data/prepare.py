@@ -1,0 +1,260 @@
+"""One streaming pass from a source of captioned pictures to a folder that training reads without further ado.
+
+FOLDER/pictures.npy     uint8 (N, S, S, 3), memory-mapped
+FOLDER/captions.jsonl   a line a picture: name, captions, split
+FOLDER/index.json       the request that the folder answers, and the fingerprint of its content
+FOLDER/data-report.json what was read, kept, skipped and why
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import torch
+from numpy.lib import format as npy_format
+from PIL import Image
+from torch import Tensor
+
+from dalle_mini_impl.config import DataConfig
+from dalle_mini_impl.data.pictures import PictureError, quiet, to_rgb, to_square
+from dalle_mini_impl.data.records import SPLITS, Record, Source, Split
+from dalle_mini_impl.data.report import Tally, assign_splits
+from dalle_mini_impl.data.sources import content_key, files_key, open_source, resolve_spec
+
+Progress = Callable[[int, int | None], None]
+"""Called with the number of records done and, where the source knows it, of all."""
+
+FORMAT = 1
+_WINDOW = 64  # records in flight: bounds the memory, keeps the order
+_PICTURES, _CAPTIONS, _INDEX, _REPORT = "pictures.npy", "captions.jsonl", "index.json", "data-report.json"
+
+
+class PreparedData:
+    """Captioned square pictures on disk, split for training."""
+
+    def __init__(
+        self,
+        pictures: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+        names: list[str],
+        captions: list[tuple[str, ...]],
+        splits: Sequence[Split],
+        report: dict[str, Any],
+        fingerprint: str,
+    ) -> None:
+        self.pictures = pictures
+        """uint8 (N, S, S, 3), a read-only memory map."""
+        self.names = names
+        self.captions = captions
+        """The captions of each picture; () for an uncaptioned one."""
+        self.train, self.validation, self.test = (
+            np.array([i for i, split in enumerate(splits) if split == wanted], dtype=np.int64) for wanted in SPLITS
+        )
+        self.report = report
+        self.fingerprint = fingerprint
+        """Changes when a picture, a caption or a split does."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def images(self, indices: Sequence[int] | np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """The pictures of some indices as float32 (B, 3, S, S) in [0, 1]."""
+        pixels = self.pictures[np.asarray(indices, dtype=np.int64)]  # (B, S, S, 3), a copy
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div_(255.0).contiguous()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Opens a prepared folder; raises ValueError where there is none."""
+        folder = Path(folder)
+        if not (folder / _INDEX).is_file():
+            raise ValueError(f"{folder} holds no prepared data (no {_INDEX}): run prepare() on a source first")
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        if index["format"] != FORMAT:
+            raise ValueError(f"{folder} has data format {index['format']}, this version reads {FORMAT}: delete it")
+        with open(folder / _CAPTIONS, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
+        return cls(
+            pictures=np.load(folder / _PICTURES, mmap_mode="r"),
+            names=[row["name"] for row in rows],
+            captions=[tuple(row["captions"]) for row in rows],
+            splits=[row["split"] for row in rows],
+            report=json.loads((folder / _REPORT).read_text(encoding="utf-8")),
+            fingerprint=index["fingerprint"],
+        )
+
+
+def prepare(spec: str, config: DataConfig, folder: str | Path, *, progress: Progress | None = None) -> PreparedData:
+    """Reads a source (see `sources.open_source`) into a folder, or re-opens the folder if it answers the same request.
+
+    Pictures that can't be used are skipped, counted and named in the report. Raises ValueError for a source that can't
+    be recognised or of which no picture remains.
+    """
+    folder = Path(folder)
+    source = open_source(spec, config)
+    request = {
+        "spec": resolve_spec(spec),
+        "config": config.model_dump(mode="json", exclude={"views"}),
+        "content": content_key(source),
+    }
+    if _answers(folder, request):
+        return PreparedData.open(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _fill(partial, source, spec, config, request, progress)
+        _move_into_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return PreparedData.open(folder)
+
+
+def _answers(folder: Path, request: dict[str, Any]) -> bool:
+    """Whether the folder was made from this request and the pictures' own files haven't changed since."""
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        if index["format"] != FORMAT or index["request"] != request:
+            return False
+        return bool(index["files_key"] == files_key(Path(path) for path in index["files"]))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _move_into_place(partial: Path, folder: Path) -> None:
+    """Renames, after moving what an earlier request left there out of the way; no reader ever sees half a folder."""
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / _INDEX).is_file():
+            raise ValueError(f"{folder} exists and holds something else than prepared data: choose another folder")
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(folder)
+
+
+def _fill(
+    folder: Path, source: Source, spec: str, config: DataConfig, request: dict[str, Any], progress: Progress | None
+) -> None:
+    """Writes the four files."""
+    tally = Tally()
+    files: list[str] = []
+    with open(folder / _PICTURES, "w+b") as out, quiet():
+        size = config.image_size
+        header = _write_header(out, (0, size, size, 3))
+        total = len(source) if hasattr(source, "__len__") else None
+        for done, (record, outcome) in enumerate(_outcomes(source, config), start=1):
+            if record.path is not None:
+                files.append(str(record.path))
+            if isinstance(outcome, PictureError):
+                tally.skip(outcome.reason, record.name, outcome.detail)
+            else:
+                out.write(outcome.pixels.tobytes())
+                tally.keep(record.name, outcome.captions, len(record.captions), record.split, outcome.digest)
+            if progress is not None:
+                progress(done, total)
+        tally.require_some(spec, source.kind)
+        out.seek(0)
+        assert _write_header(out, (tally.kept, size, size, 3)) == header
+    splits, splits_from = assign_splits(tally.stated, tally.digests, config.validation_fraction)
+    fingerprint = hashlib.sha256(request["config"]["fit"].encode())
+    with open(folder / _CAPTIONS, "w", encoding="utf-8") as lines:
+        for name, captions, split, digest in zip(tally.names, tally.captions, splits, tally.digests, strict=True):
+            line = json.dumps({"name": name, "captions": captions, "split": split})
+            lines.write(line + "\n")
+            fingerprint.update(digest + line.encode())
+    fingerprint.update(f"{size} {config.fit}".encode())
+    report = tally.report(splits, splits_from, config, fingerprint=fingerprint.hexdigest())
+    report = {"source": spec, "kind": source.kind, "describe": source.describe, **report}
+    index = {
+        "format": FORMAT,
+        "fingerprint": fingerprint.hexdigest(),
+        "request": request,
+        "files_key": files_key(Path(path) for path in files),
+        "files": files,
+    }
+    (folder / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / _INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
+
+
+def _write_header(out: IO[bytes], shape: tuple[int, ...]) -> int:
+    """Writes a .npy header and returns where it ends; NumPy leaves room in it for the first axis to grow."""
+    npy_format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return out.tell()
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture that is kept."""
+
+    pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+    captions: tuple[str, ...]
+    digest: bytes
+
+
+def _outcomes(source: Source, config: DataConfig) -> Iterator[tuple[Record, _Picture | PictureError]]:
+    """Every record with what became of it, in the source's order; a few threads decode ahead."""
+    waiting: deque[tuple[Record, Future[_Picture | PictureError]]] = deque()
+    # Pillow releases the interpreter lock while it decodes and resizes.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for record in _unbroken(source):
+            waiting.append((record, pool.submit(_read, record, config)))
+            if len(waiting) >= _WINDOW:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+
+
+def _unbroken(source: Iterable[Record]) -> Iterator[Record]:
+    """The records of a source; one that breaks off midway ends in an unreadable record instead of an error."""
+    iterator = iter(source)
+    seen = 0
+    while True:
+        try:
+            record = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            if not seen:
+                raise
+            detail = f"{type(error).__name__}: {error}"
+            yield Record(f"everything after record {seen}", _breaker(detail), (), None)
+            return
+        seen += 1
+        yield record
+
+
+def _breaker(detail: str) -> Callable[[], Image.Image]:
+    """A `load` that can only fail."""
+
+    def load() -> Image.Image:
+        raise PictureError("unreadable", detail)
+
+    return load
+
+
+def _read(record: Record, config: DataConfig) -> _Picture | PictureError:
+    """Opens a picture and squares it; whatever goes wrong is an outcome, never an exception."""
+    captions = tuple(caption.strip() for caption in record.captions if caption.strip())
+    if record.captions and not captions:
+        return PictureError("empty_caption", "no caption with text in it")
+    try:
+        image = to_rgb(record.load())
+        # The pixels of the whole picture, so that a split depends neither on its file format nor on image_size.
+        digest = hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).digest()
+        return _Picture(to_square(image, config.image_size, config.fit), captions, digest)
+    except PictureError as error:
+        return error
+    except Exception as error:  # one bad picture in a million must not end the run
+        return PictureError("unreadable", f"{type(error).__name__}: {error}")
