@@ -1,0 +1,207 @@
+"""Text to pictures: draw candidates, decode them, rank them.
+
+from dalle_mini_impl.pipeline import TextToImage
+pictures = TextToImage.from_pretrained("emoji")("a red heart", candidates=32, keep=4, seed=0)
+pictures[0].image.save("heart.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from dalle_mini_impl.config import SamplingConfig
+from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
+from dalle_mini_impl.rerank import score_pairs
+from dalle_mini_impl.sampling import sample_rows
+from dalle_mini_impl.sheet import to_pil
+from dalle_mini_impl.vae.model import DiscreteVAE
+
+Progress = Callable[[int, int], None]
+"""Called with the numbers of image tokens drawn so far and in all."""
+
+DEFAULT_KEEP = 4
+_DECODE_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedPicture:
+    """A drawn picture and how it did.
+
+    rank: 0 is the best of its prompt. candidate: its number, which with prompt, seed and settings fixes its tokens.
+    clip_score: cosine similarity with the prompt, None without a CLIP. log_ratio: Σ log p(x|prompt) - log p(x|null).
+    tokens: image ids (N,) int64.
+    """
+
+    image: Image.Image
+    prompt: str
+    rank: int
+    candidate: int
+    seed: int
+    clip_score: float | None
+    log_ratio: float
+    tokens: Tensor
+
+
+class TextToImage:
+    """A loaded checkpoint that draws: call it with a prompt, get ranked pictures."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Takes a bundle with a VAE and a DALL·E; without a CLIP, pictures are ranked by log_ratio."""
+        if bundle.vae is None or bundle.dalle is None:
+            missing = " and ".join(name for name in ("vae", "dalle") if getattr(bundle, name) is None)
+            raise ValueError(f"checkpoint {bundle.recipe.name!r} has no {missing}: train it before drawing")
+        self.bundle = bundle
+        self.vae: DiscreteVAE = bundle.vae
+        self.dalle: DALLE = bundle.dalle
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path = DEFAULT_CHECKPOINT, device: torch.device | str | None = None) -> Self:
+        """Loads a built-in checkpoint, a folder or a Hugging Face Hub id; ValueError says what is wrong with it."""
+        return cls(load_bundle(name, device))
+
+    def save_pretrained(self, folder: str | Path, *, storage: Storage = "fp32") -> Path:
+        """Writes the checkpoint folder; see `pretrained.save_bundle`."""
+        return save_bundle(self.bundle, folder, storage=storage)
+
+    @property
+    def ranked_by(self) -> Literal["clip_score", "log_ratio"]:
+        """The score that decides the rank."""
+        return "log_ratio" if self.bundle.clip is None else "clip_score"
+
+    def settings(self, **changes: Any) -> SamplingConfig:
+        """The checkpoint's sampler settings with those changes that aren't None; ValueError for a bad one."""
+        given = {name: value for name, value in changes.items() if value is not None}
+        try:
+            return SamplingConfig.model_validate({**self.bundle.recipe.sampling.model_dump(), **given})
+        except ValidationError as error:
+            problems = [f"{item['loc'][0]} is {item['input']!r}: {item['msg']}" for item in error.errors()]
+            raise ValueError("; ".join(problems)) from None
+
+    def __call__(
+        self,
+        prompt: str,
+        candidates: int = 16,
+        keep: int | None = None,
+        seed: int = 0,
+        *,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[RankedPicture]:
+        """Draws `candidates` pictures of a prompt and returns the best `keep` (default 4), best first.
+
+        guidance, temperature, top_k, top_p: as in `SamplingConfig`, default what the checkpoint says. batch_size:
+        pictures drawn at once; it doesn't change them. progress: called with the tokens drawn and their total.
+        """
+        settings = self.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        return self.draw([prompt], candidates, keep, seed, settings=settings, batch_size=batch_size, progress=progress)[
+            0
+        ]
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        candidates: int = 1,
+        keep: int | None = None,
+        seed: int = 0,
+        *,
+        settings: SamplingConfig | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[RankedPicture]]:
+        """Draws every prompt in common batches; the ranked pictures of each, as calling with it alone gives them."""
+        keep = check_counts(candidates, keep)
+        jobs = [(prompt, candidate) for prompt in range(len(prompts)) for candidate in range(candidates)]
+        pictures = self.draw_jobs(prompts, jobs, seed, settings=settings, batch_size=batch_size, progress=progress)
+        return [rank(pictures[first : first + candidates], keep) for first in range(0, len(pictures), candidates)]
+
+    def draw_jobs(
+        self,
+        prompts: Sequence[str],
+        jobs: Sequence[tuple[int, int]],
+        seed: int = 0,
+        *,
+        settings: SamplingConfig | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[RankedPicture]:
+        """Draws (prompt index, candidate number) jobs in their order, scored but not ranked yet (rank -1).
+
+        It is how several processes share the work: each draws its own jobs, and they are ranked together.
+        """
+        text_ids, _ = self.bundle.tokenizer.batch(list(prompts), self.bundle.stream.text_length)
+        samples = sample_rows(
+            self.dalle,
+            text_ids,
+            prompts,
+            jobs,
+            seed=seed,
+            settings=settings or self.bundle.recipe.sampling,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        images = self.decode(samples.ids)
+        job_prompts = [prompts[prompt] for prompt, _ in jobs]
+        clip = self.bundle.clip
+        scores = None if clip is None else score_pairs(clip, self.bundle.tokenizer, images, job_prompts)
+        assert samples.log_ratio is not None
+        return [
+            RankedPicture(
+                image=image,
+                prompt=job_prompts[index],
+                rank=-1,
+                candidate=jobs[index][1],
+                seed=seed,
+                clip_score=None if scores is None else float(scores[index]),
+                log_ratio=float(samples.log_ratio[index]),
+                tokens=samples.ids[index],
+            )
+            for index, image in enumerate(to_pil(images))
+        ]
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """Pictures (n, 3, S, S) in [0, 1] on the CPU from image ids (n, N)."""
+        device, size = next(self.vae.parameters()).device, self.vae.image_size
+        images = torch.empty((len(ids), 3, size, size))
+        for first in range(0, len(ids), _DECODE_BATCH):
+            part = slice(first, first + _DECODE_BATCH)
+            images[part] = self.vae.decode(ids[part].to(device)).cpu()
+        return images
+
+
+def check_counts(candidates: int, keep: int | None) -> int:
+    """The number of pictures to keep; ValueError unless 1 ≤ keep ≤ candidates."""
+    if candidates < 1:
+        raise ValueError(f"candidates is {candidates}; draw at least 1")
+    if keep is None:
+        return min(DEFAULT_KEEP, candidates)
+    if not 1 <= keep <= candidates:
+        raise ValueError(f"keep is {keep}, but of {candidates} candidates 1 to {candidates} can be kept")
+    return keep
+
+
+def rank(pictures: Sequence[RankedPicture], keep: int) -> list[RankedPicture]:
+    """The best `keep` of one prompt's pictures, best first: by CLIP, or by log_ratio where there is no CLIP.
+
+    Equal scores go by candidate number, so the ranking doesn't depend on the order of the pictures.
+    """
+
+    def best_first(picture: RankedPicture) -> tuple[float, int]:
+        score = picture.log_ratio if picture.clip_score is None else picture.clip_score
+        return -score, picture.candidate
+
+    ordered = sorted(pictures, key=best_first)[:keep]
+    return [replace(picture, rank=place) for place, picture in enumerate(ordered)]
