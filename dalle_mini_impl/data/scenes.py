@@ -237,8 +237,14 @@ _OUTLINES: dict[Shape, list[tuple[float, float]]] = {
 
 
 def draw_shape(
-    draw: ImageDraw.ImageDraw, shape: Shape, x: float, y: float, radius: float, fill: tuple[int, ...], hole: tuple[int, ...]
-) -> None:  # fmt: skip
+    draw: ImageDraw.ImageDraw,
+    shape: Shape,
+    x: float,
+    y: float,
+    radius: float,
+    fill: tuple[int, ...],
+    hole: tuple[int, ...],
+) -> None:
     """Draws a shape; x, y and radius in pixels of the canvas, hole is the colour inside a ring."""
     if shape in ("circle", "ring"):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)

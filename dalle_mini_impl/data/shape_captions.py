@@ -55,7 +55,7 @@ _POSITIONS = {word: name for name, words in POSITION_WORDS.items() for word in w
 
 
 def describe(scene: Scene, rng: random.Random, number: int = 3) -> list[str]:
-    """Writes up to `number` (at least 2) different true captions of a scene, the first with a relation if one is clear."""
+    """Writes up to `number` different true captions of a scene; the first tells a relation if one is clear."""
     captions: dict[str, None] = {}
     chain = _relation_caption(scene, rng)
     if chain is not None:
@@ -140,7 +140,8 @@ _BEFORE = re.compile(_BACKGROUND + r",? ")
 _AFTER = re.compile(r",? " + _BACKGROUND + "$")
 _HEAD = re.compile(rf"there (?:is|are) |a picture of |(?:{_either(_NUMBERS)}): ")
 _THING = re.compile(
-    rf"(?P<article>the |an? )?(?:(?P<size>{_either(_SIZES)}) )?(?P<colour>{_either(COLOURS)}) (?P<shape>{_either(SHAPES)})"
+    rf"(?P<article>the |an? )?(?:(?P<size>{_either(_SIZES)}) )?"
+    rf"(?P<colour>{_either(COLOURS)}) (?P<shape>{_either(SHAPES)})"
     rf"(?: (?P<position>{_either(_POSITIONS)}))?"
 )
 _LINK = re.compile(rf"(?: (?P<direction>{_either(_DIRECTIONS)}) (?P<it>it\b)?)?(?P<stop>, and |, | and |$)?")
