@@ -1,0 +1,37 @@
+"""What all tests share: no network, no GPU, one thread, nothing of the machine's own caches."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+_CACHE = tempfile.TemporaryDirectory(prefix="dalle-mini-tests-")
+# Read by the libraries when they are imported, so set before any test is.
+os.environ.update(
+    HF_HOME=_CACHE.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    CUDA_VISIBLE_DEVICES="",
+    ACCELERATE_USE_CPU="true",
+    TOKENIZERS_PARALLELISM="false",
+    COLUMNS="120",
+)
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_state() -> Iterator[None]:
+    """Every test starts from the same global random state, and leaves gradients and number type as they were."""
+    torch.manual_seed(0)
+    yield
+    assert torch.is_grad_enabled(), "the test left gradients turned off"
+    assert torch.get_default_dtype() == torch.float32, "the test left another default dtype"

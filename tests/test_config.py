@@ -1,0 +1,101 @@
+"""Recipes: nothing misspelt, ignored or lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from dalle_mini_impl.config import Recipe, Section
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+def test_the_default_recipe_is_valid_and_survives_json() -> None:
+    recipe = Recipe()
+    assert recipe.grid_size * recipe.vae.downsample == recipe.data.image_size
+    assert Recipe.parse(json.loads(recipe.model_dump_json())) == recipe
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_says_what_it_is_for(path: Path) -> None:
+    recipe = Recipe.from_toml(path)
+    assert recipe.name == path.stem
+    assert path.read_text(encoding="utf-8").startswith("#")
+
+
+def test_an_override_replaces_one_value_only() -> None:
+    recipe = Recipe.parse({}, ["train.dalle.steps=500", "vae.quantizer=fsq", 'data.views=["plain", "flip"]'])
+    assert recipe.train.dalle.steps == 500
+    assert recipe.vae.quantizer == "fsq"
+    assert recipe.data.views == ("plain", "flip")
+    assert recipe.train.dalle.batch_size == Recipe().train.dalle.batch_size
+    assert recipe.train.clip == Recipe().train.clip
+
+
+def test_later_overrides_win_and_inputs_stay_as_they_were() -> None:
+    values = {"dalle": {"layers": 3}}
+    assert Recipe.parse(values, ["dalle.layers=4", "dalle.layers=5"]).dalle.layers == 5
+    assert values == {"dalle": {"layers": 3}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dalle.layerz=4", "'layers'"),
+        ("dale.layers=4", "'dalle'"),
+        ("train.dalle.step=4", "'steps'"),
+        ("dalle.layers", "section.key=value"),
+        ("=4", "section.key=value"),
+        ("dalle.layers=0", "dalle.layers"),
+        ("dalle.layers=four", "given 'four'"),
+        ("data.image_size=60", "multiple of vae.downsample"),
+        ("dalle.heads=7", "dalle.dim 256"),
+        ("vae.patch=8", "data.image_size"),
+        ('data.views=["flip"]', "must start with"),
+        ('data.views=["plain", "plain"]', "repeat nothing"),
+        ("name.x=1", "name"),
+    ],
+)
+def test_wrong_values_are_refused_in_the_users_terms(override: str, message: str) -> None:
+    overrides = [override, "data.image_size=100"] if message == "data.image_size" else [override]
+    with pytest.raises(ValueError, match=message) as raised:
+        Recipe.parse({"name": "x"}, overrides)
+    assert "pydantic" not in str(raised.value)
+
+
+def test_all_wrong_keys_are_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)quantiser.*layerz"):
+        Recipe.parse({"dalle": {"layerz": 1}, "vae": {"quantiser": "vq"}})
+
+
+def test_a_bad_file_says_which(tmp_path: Path) -> None:
+    (tmp_path / "shapes.toml").write_text("[dalle]\nlayers = 2\n", encoding="utf-8")
+    (tmp_path / "broken.toml").write_text("[dalle\n", encoding="utf-8")
+    assert Recipe.from_toml(tmp_path / "shapes.toml", ["dalle.dim=128"]).dalle.dim == 128
+    with pytest.raises(ValueError, match=r"no recipe at .*shape.toml; there are broken.toml, shapes.toml"):
+        Recipe.from_toml(tmp_path / "shape.toml")
+    with pytest.raises(ValueError, match=r"broken.toml is not valid TOML"):
+        Recipe.from_toml(tmp_path / "broken.toml")
+
+
+def _sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+    inner = [field.annotation for field in model.model_fields.values()]
+    found = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [model, *(section for kind in found for section in _sections(kind))]
+
+
+def test_every_section_is_strict_and_immutable() -> None:
+    assert len(_sections(Recipe)) > 8
+    for section in _sections(Recipe):
+        assert issubclass(section, Section)
+        assert section.model_config["extra"] == "forbid"
+        assert section.model_config["frozen"]
+
+
+def test_fsq_counts_the_codes_of_its_levels() -> None:
+    recipe = Recipe.parse({}, ["vae.quantizer=fsq", "vae.fsq_levels=[8, 5, 5, 5]"])
+    assert recipe.vae.num_codes == 1000
+    assert Recipe().vae.num_codes == Recipe().vae.codebook_size
