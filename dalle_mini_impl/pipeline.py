@@ -1,6 +1,6 @@
 """Text to pictures: draw candidates, decode them, rank them.
 
-from dalle_mini_impl.pipeline import TextToImage
+from dalle_mini_impl import TextToImage
 pictures = TextToImage.from_pretrained("emoji")("a red heart", candidates=32, keep=4, seed=0)
 pictures[0].image.save("heart.png")
 """
@@ -36,9 +36,9 @@ _DECODE_BATCH = 32
 class RankedPicture:
     """A drawn picture and how it did.
 
-    rank: 0 is the best of its prompt. candidate: its number, which with prompt, seed and settings fixes its tokens.
-    clip_score: cosine similarity with the prompt, None without a CLIP. log_ratio: Σ log p(x|prompt) - log p(x|null).
-    tokens: image ids (N,) int64.
+    rank: 1 is the best of its prompt, 0 means not ranked. candidate: its number, which with prompt, seed and settings
+    fixes its tokens. clip_score: cosine similarity with the prompt, None without a CLIP. log_ratio:
+    Σ log p(x|prompt) - log p(x|null). tokens: image ids (N,) int64.
     """
 
     image: Image.Image
@@ -121,7 +121,7 @@ class TextToImage:
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[RankedPicture]]:
-        """Draws every prompt in common batches; the ranked pictures of each, as calling with it alone gives them."""
+        """Draws every prompt in common batches; returns the ranked pictures of each, as with it alone."""
         keep = check_counts(candidates, keep)
         jobs = [(prompt, candidate) for prompt in range(len(prompts)) for candidate in range(candidates)]
         pictures = self.draw_jobs(prompts, jobs, seed, settings=settings, batch_size=batch_size, progress=progress)
@@ -137,7 +137,7 @@ class TextToImage:
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[RankedPicture]:
-        """Draws (prompt index, candidate number) jobs in their order, scored but not ranked yet (rank -1).
+        """Draws (prompt index, candidate number) jobs in their order, scored but not ranked yet.
 
         It is how several processes share the work: each draws its own jobs, and they are ranked together.
         """
@@ -152,34 +152,38 @@ class TextToImage:
             batch_size=batch_size,
             progress=progress,
         )
-        images = self.decode(samples.ids)
-        job_prompts = [prompts[prompt] for prompt, _ in jobs]
-        clip = self.bundle.clip
-        scores = None if clip is None else score_pairs(clip, self.bundle.tokenizer, images, job_prompts)
         assert samples.log_ratio is not None
-        return [
-            RankedPicture(
-                image=image,
-                prompt=job_prompts[index],
-                rank=-1,
-                candidate=jobs[index][1],
-                seed=seed,
-                clip_score=None if scores is None else float(scores[index]),
-                log_ratio=float(samples.log_ratio[index]),
-                tokens=samples.ids[index],
-            )
-            for index, image in enumerate(to_pil(images))
-        ]
+        pictures = []
+        for first in range(0, len(jobs), _DECODE_BATCH):
+            part = slice(first, first + _DECODE_BATCH)
+            images = self.decode(samples.ids[part])
+            scores = self._clip_scores(images, [prompts[prompt] for prompt, _ in jobs[part]])
+            for index, image in enumerate(to_pil(images)):
+                prompt, candidate = jobs[first + index]
+                pictures.append(
+                    RankedPicture(
+                        image=image,
+                        prompt=prompts[prompt],
+                        rank=0,
+                        candidate=candidate,
+                        seed=seed,
+                        clip_score=scores[index],
+                        log_ratio=float(samples.log_ratio[first + index]),
+                        tokens=samples.ids[first + index],
+                    )
+                )
+        return pictures
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """Pictures (n, 3, S, S) in [0, 1] on the CPU from image ids (n, N)."""
-        device, size = next(self.vae.parameters()).device, self.vae.image_size
-        images = torch.empty((len(ids), 3, size, size))
-        for first in range(0, len(ids), _DECODE_BATCH):
-            part = slice(first, first + _DECODE_BATCH)
-            images[part] = self.vae.decode(ids[part].to(device)).cpu()
-        return images
+        """Pictures (n, 3, S, S) in [0, 1] from image ids (n, N), all at once."""
+        return self.vae.decode(ids.to(next(self.vae.parameters()).device))
+
+    def _clip_scores(self, images: Tensor, prompts: Sequence[str]) -> list[float] | list[None]:
+        if self.bundle.clip is None:
+            return [None] * len(images)
+        scores: list[float] = score_pairs(self.bundle.clip, self.bundle.tokenizer, images, prompts).tolist()
+        return scores
 
 
 def check_counts(candidates: int, keep: int | None) -> int:
@@ -204,4 +208,4 @@ def rank(pictures: Sequence[RankedPicture], keep: int) -> list[RankedPicture]:
         return -score, picture.candidate
 
     ordered = sorted(pictures, key=best_first)[:keep]
-    return [replace(picture, rank=place) for place, picture in enumerate(ordered)]
+    return [replace(picture, rank=place) for place, picture in enumerate(ordered, start=1)]

@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata as installed
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dalle_mini_impl import __version__
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import STAGES, Recipe
 from dalle_mini_impl.dalle import DALLE
@@ -168,14 +168,6 @@ def checkpoint_hash(folder: str | Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def package_version() -> str:
-    """Version of the installed package, or "source" where it runs from a clone without an install."""
-    try:
-        return installed.version("dalle_mini_impl")
-    except installed.PackageNotFoundError:
-        return "source"
-
-
 def model_card(bundle: Bundle) -> str:
     """The README.md of a checkpoint: what it is, how it was trained, how it measured, how to draw with it."""
     recipe, stream = bundle.recipe, bundle.stream
@@ -183,7 +175,7 @@ def model_card(bundle: Bundle) -> str:
         f"# {recipe.name}",
         "",
         f"Draws {recipe.data.image_size}×{recipe.data.image_size} pictures from captions; made by dalle_mini_impl "
-        f"({package_version()}).",
+        f"{__version__}.",
         "",
         "| model | parameters |",
         "|---|---|",
@@ -197,7 +189,7 @@ def model_card(bundle: Bundle) -> str:
         f"{stream.grid_size} grid of {stream.image_vocab:,} codes.",
         "",
         "```python",
-        "from dalle_mini_impl.pipeline import TextToImage",
+        "from dalle_mini_impl import TextToImage",
         'TextToImage.from_pretrained("THIS FOLDER")("a red heart", candidates=32, keep=4, seed=0)',
         "```",
     ]
@@ -219,7 +211,7 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "metrics": {},
         **bundle.metadata,
         "format": FORMAT,
-        "package_version": package_version(),
+        "package_version": __version__,
         "text_length": bundle.stream.text_length,
         "num_views": len(bundle.recipe.data.views),
         "tokenizer_fingerprint": bundle.tokenizer.fingerprint,

@@ -1,0 +1,197 @@
+"""``sample.py`` and ``dalle-mini sample``: prompts in; ranked PNGs, results.jsonl and a contact sheet out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from dalle_mini_impl.config import SamplingConfig
+    from dalle_mini_impl.pipeline import Progress, RankedPicture, TextToImage
+
+_PICTURES_AT_ONCE = 512  # drawn, then written, before the next prompts are begun
+_SHEET_ROWS = 200
+
+
+def sample(
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
+    candidates: Annotated[int, typer.Option(min=1, help="Pictures to draw for each prompt.")] = 16,
+    keep: Annotated[int | None, typer.Option(min=1, help="Best pictures to keep of each prompt. (default 4)")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="Strength of the prompt; 1 is none.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1 is safer, above 1 wilder.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0 is all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that add up to this.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures drawn at once. (default what fits)")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs"),
+) -> None:
+    """Draw pictures for prompts and rank them.
+
+    Writes the kept pictures as PNGs with their settings inside, results.jsonl with a line for each, and sheet.png,
+    the ranked contact sheet. Under `accelerate launch` the processes share the work; the pictures are the same.
+    """
+    texts = read_prompts(prompt, prompts)
+    # Imported here: --help must not wait for torch.
+    from accelerate import PartialState
+
+    from dalle_mini_impl.pipeline import TextToImage, check_counts
+
+    keep = check_counts(candidates, keep)
+    state = PartialState()
+    model = TextToImage.from_pretrained(checkpoint, state.device)
+    settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    if state.is_main_process:
+        _warn_of_cuts(model, texts)
+        out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    total = len(texts) * candidates * model.dalle.stream.num_image_tokens // state.num_processes
+    with _progress_bar(total, shown=state.is_main_process) as progress:
+        ranked = _draw(model, texts, candidates, keep, seed, settings, batch_size, state, progress)
+        if state.is_main_process:
+            num_kept = _write(ranked, out, model, checkpoint, settings)
+        else:
+            for _ in ranked:
+                pass
+    seconds = time.perf_counter() - started
+    if state.is_main_process:
+        drawn = len(texts) * candidates
+        typer.echo(f"{drawn} pictures in {seconds:.1f} s: {drawn / seconds:.2f} pictures per second")
+        typer.echo(f"{num_kept} kept, ranked by {model.ranked_by}: {out / 'sheet.png'}")
+
+
+def read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the options and of a file, in order, without empty lines; ValueError where there is none."""
+    texts = list(given or [])
+    if file is not None:
+        try:
+            texts += file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompts can't be read from {file}: {error}") from None
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise ValueError('there is no prompt: give --prompt "a red heart" or --prompts FILE with a prompt a line')
+    return texts
+
+
+def _draw(
+    model: TextToImage,
+    prompts: Sequence[str],
+    candidates: int,
+    keep: int,
+    seed: int,
+    settings: SamplingConfig,
+    batch_size: int | None,
+    state: PartialState,
+    progress: Progress,
+) -> Iterator[list[RankedPicture]]:
+    """The kept pictures of each prompt in turn: every process draws its share, and they are ranked together."""
+    from accelerate.utils import gather_object
+
+    from dalle_mini_impl.pipeline import rank
+
+    at_once = max(1, _PICTURES_AT_ONCE // candidates)
+    done = 0
+    for first in range(0, len(prompts), at_once):
+        part = prompts[first : first + at_once]
+        jobs = [(prompt, candidate) for prompt in range(len(part)) for candidate in range(candidates)]
+        own_jobs = jobs[state.process_index :: state.num_processes]
+
+        def advance(tokens: int, _: int, done: int = done) -> None:
+            progress(done + tokens, 0)
+
+        drawn = model.draw_jobs(part, own_jobs, seed, settings=settings, batch_size=batch_size, progress=advance)
+        done += len(own_jobs) * model.dalle.stream.num_image_tokens
+        own: list[list[RankedPicture]] = [[] for _ in part]
+        for (prompt, _), picture in zip(own_jobs, drawn, strict=True):
+            own[prompt].append(picture)
+        # What a process would not keep of its own pictures can't be among the best of all.
+        shares = gather_object([[rank(pictures, keep) for pictures in own]])
+        for prompt in range(len(part)):
+            yield rank([picture for share in shares for picture in share[prompt]], keep)
+
+
+def _write(
+    ranked: Iterator[list[RankedPicture]], out: Path, model: TextToImage, checkpoint: str, settings: SamplingConfig
+) -> int:
+    """Writes PNGs, results.jsonl and the sheets as the pictures come; returns the number of pictures kept."""
+    from dalle_mini_impl import __version__
+    from dalle_mini_impl.sheet import Row, contact_sheet
+
+    common = {
+        "settings": settings.model_dump(),
+        "checkpoint": checkpoint,
+        "checkpoint_hash": model.bundle.checkpoint_hash,
+        "package_version": __version__,
+    }
+    rows: list[Row] = []
+    num_kept = 0
+    with (out / "results.jsonl").open("w", encoding="utf-8") as results:
+        for number, pictures in enumerate(ranked, start=1):
+            for picture in pictures:
+                _write_picture(picture, number, out, common, results)
+            num_kept += len(pictures)
+            rows.append((pictures[0].prompt, [(picture.image, _label(picture)) for picture in pictures]))
+            if len(rows) == _SHEET_ROWS:
+                contact_sheet(rows).save(_sheet_path(out, number))
+                rows = []
+    if rows:
+        contact_sheet(rows).save(_sheet_path(out, number))
+    return num_kept
+
+
+def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[str, Any], results: TextIO) -> None:
+    """Writes one PNG with its settings inside and its line in results.jsonl."""
+    from dalle_mini_impl.sheet import save_png, slug
+
+    file = f"{number:03d}-{slug(picture.prompt)}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}.png"
+    facts = {
+        "prompt": picture.prompt,
+        "rank": picture.rank,
+        "candidate": picture.candidate,
+        "seed": picture.seed,
+        "file": file,
+        "clip_score": picture.clip_score,
+        "log_ratio": picture.log_ratio,
+    }
+    save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist()})
+    results.write(json.dumps(facts, ensure_ascii=False) + "\n")
+
+
+def _sheet_path(out: Path, last_prompt: int) -> Path:
+    """sheet.png, and for very many prompts sheet-2.png and so on."""
+    sheet = -(-last_prompt // _SHEET_ROWS)
+    return out / ("sheet.png" if sheet == 1 else f"sheet-{sheet}.png")
+
+
+def _label(picture: RankedPicture) -> str:
+    if picture.clip_score is None:
+        return f"{picture.log_ratio:.1f}  #{picture.candidate}"
+    return f"{picture.clip_score:.3f}  #{picture.candidate}"
+
+
+def _warn_of_cuts(model: TextToImage, prompts: Sequence[str]) -> None:
+    length = model.bundle.stream.text_length
+    if cut := model.bundle.tokenizer.num_cut(prompts, length):
+        typer.echo(f"warning: {cut} of {len(prompts)} prompts are cut to the {length} tokens the model reads", err=True)
+
+
+@contextmanager
+def _progress_bar(total: int, *, shown: bool) -> Iterator[Progress]:
+    """A progress bar on the error stream that counts image tokens; silent where it isn't shown."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("drawing"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        task = bar.add_task("drawing", total=total)
+        yield lambda done, _: bar.update(task, completed=done)
