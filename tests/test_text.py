@@ -12,9 +12,11 @@ import pytest
 import sentencepiece
 import torch
 
+import dalle_mini_impl
 from dalle_mini_impl.config import TextConfig
 from dalle_mini_impl.stream import BOS, EOS, NULL, NUM_SPECIAL, PAD
 from dalle_mini_impl.text import TextTokenizer, _sample, _training_lines, normalize_caption
+from tokenizer.train_tokenizer import train_tokenizer
 
 COLOURS = ("red", "green", "blue", "yellow", "purple")
 SHAPES = ("circle", "square", "triangle", "star")
@@ -185,3 +187,19 @@ def test_foreign_models_and_wrong_values_are_refused(tokenizer: TextTokenizer, t
         tokenizer.encode("red", dropout=1.5, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="vocab_size"):
         tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_tokenizer_script_trains_on_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
+    out = tmp_path / "new" / "tokenizer.model"
+    train_tokenizer(str(tmp_path / "captions.txt"), out, None, ["text.vocab_size=400"])
+    assert TextTokenizer.load(out).fingerprint == TextTokenizer.train(CAPTIONS, 400).fingerprint
+    assert "400 captions" in capsys.readouterr().out
+
+
+def test_the_shipped_tokenizer_is_the_checkpoints_own() -> None:
+    alone = Path(__file__).parents[1] / "tokenizer" / "emoji.model"
+    if not alone.is_file():
+        pytest.skip("no tokenizer ships yet")
+    inside = Path(dalle_mini_impl.__file__).parent / "checkpoints" / "emoji" / "tokenizer.model"
+    assert TextTokenizer.load(alone).fingerprint == TextTokenizer.load(inside).fingerprint
