@@ -40,8 +40,8 @@ format: $(STAMP)
 # The stamp is younger than pyproject.toml and constraints.txt where the environment holds what they ask for.
 # Linux without an NVIDIA driver takes PyTorch's CPU build, a tenth of the size, where its index can be reached.
 $(STAMP): pyproject.toml constraints.txt
-	@set -e; for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
-		if $$python -c '$(USABLE)' 2>/dev/null; then found=$$python; break; fi; done; \
+	@set -e; found=; for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		if "$$python" -c '$(USABLE)' 2>/dev/null; then found=$$python; break; fi; done; \
 	if [ -z "$$found" ]; then \
 		echo "Python 3.11 or newer with venv is needed; install it, or name it: make PYTHON=/path/to/python" >&2; \
 		exit 1; fi; \
@@ -55,7 +55,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 constraints:
 	rm -rf $(VENV)
-	python3 -m venv $(VENV)
+	$(or $(PYTHON),python3) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --disable-pip-version-check -e '.[test]'
 	(head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > $(VENV)/constraints
 	mv $(VENV)/constraints constraints.txt
