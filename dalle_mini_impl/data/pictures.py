@@ -18,9 +18,8 @@ from dalle_mini_impl.config import DataConfig
 Reason = Literal["unreadable", "bomb", "tiny", "empty_caption"]
 Fit = Literal["crop", "pad", "stretch"]
 
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif .tga .ico".split()
-)
+_ENDINGS = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 avif tga ico"
+EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """File name endings, in lower case, that mark a picture."""
 
 _ORIENTATIONS = {

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,11 @@ from typing import IO, Any, Self
 import numpy as np
 import torch
 from numpy.lib import format as npy_format
-from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.config import DataConfig
 from dalle_mini_impl.data.pictures import PictureError, quiet, to_rgb, to_square
-from dalle_mini_impl.data.records import SPLITS, Record, Source, Split
+from dalle_mini_impl.data.records import SPLITS, Record, Source, Split, unbroken
 from dalle_mini_impl.data.report import Tally, assign_splits
 from dalle_mini_impl.data.sources import content_key, files_key, open_source, resolve_spec
 
@@ -151,7 +150,7 @@ def _fill(
     with open(folder / _PICTURES, "w+b") as out, quiet():
         size = config.image_size
         header = _write_header(out, (0, size, size, 3))
-        total = len(source) if hasattr(source, "__len__") else None
+        total = len(source) if isinstance(source, Sized) else None
         for done, (record, outcome) in enumerate(_outcomes(source, config), start=1):
             if record.path is not None:
                 files.append(str(record.path))
@@ -206,7 +205,7 @@ def _outcomes(source: Source, config: DataConfig) -> Iterator[tuple[Record, _Pic
     waiting: deque[tuple[Record, Future[_Picture | PictureError]]] = deque()
     # Pillow releases the interpreter lock while it decodes and resizes.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for record in _unbroken(source):
+        for record in unbroken(source, source.kind):
             waiting.append((record, pool.submit(_read, record, config)))
             if len(waiting) >= _WINDOW:
                 first, future = waiting.popleft()
@@ -214,34 +213,6 @@ def _outcomes(source: Source, config: DataConfig) -> Iterator[tuple[Record, _Pic
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
-
-
-def _unbroken(source: Iterable[Record]) -> Iterator[Record]:
-    """The records of a source; one that breaks off midway ends in an unreadable record instead of an error."""
-    iterator = iter(source)
-    seen = 0
-    while True:
-        try:
-            record = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:
-            if not seen:
-                raise
-            detail = f"{type(error).__name__}: {error}"
-            yield Record(f"everything after record {seen}", _breaker(detail), (), None)
-            return
-        seen += 1
-        yield record
-
-
-def _breaker(detail: str) -> Callable[[], Image.Image]:
-    """A `load` that can only fail."""
-
-    def load() -> Image.Image:
-        raise PictureError("unreadable", detail)
-
-    return load
 
 
 def _read(record: Record, config: DataConfig) -> _Picture | PictureError:

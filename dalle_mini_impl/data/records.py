@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
+
+from dalle_mini_impl.data.pictures import PictureError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -43,3 +45,33 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[Record]:
         """Every record from the first, in the same order each time."""
+
+
+def broken(name: str, detail: str) -> Record:
+    """A stretch of a source that can't be read, as a record whose picture can't be opened."""
+
+    def load() -> Image.Image:
+        raise PictureError("unreadable", detail)
+
+    return Record(name, load, (), None)
+
+
+def unbroken(records: Iterable[Record], where: str) -> Iterator[Record]:
+    """The records of a source; one that breaks off midway ends in a broken record instead of an exception.
+
+    What it raises before its first record is a mistake of its user's and raised on.
+    """
+    iterator = iter(records)
+    count = 0
+    while True:
+        try:
+            record = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # each reader has its own: pyarrow's, pandas', tarfile's …
+            if not count:
+                raise
+            yield broken(f"{where}: everything after record {count}", f"{type(error).__name__}: {error}")
+            return
+        count += 1
+        yield record

@@ -4,25 +4,112 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.records import Record, Source
+from dalle_mini_impl.data.columns import split_in
+from dalle_mini_impl.data.folders import METADATA, MetadataFolder, PictureFolder, has_own_text, is_picture
+from dalle_mini_impl.data.hub import loadable_source, saved_source
+from dalle_mini_impl.data.made import MADE, open_made, probe
+from dalle_mini_impl.data.records import Source
+from dalle_mini_impl.data.shards import ShardSource, expand_shards
+from dalle_mini_impl.data.tables import TABLES, CocoSource, is_coco, is_text_table, table_source
 
-MADE = ("shapes", "emoji")
+FORMS = """accepted are
+  a folder of pictures with captions in x.txt beside x.jpg, in metadata.csv|jsonl|parquet, or in the folders' names;
+  a table .csv, .tsv, .jsonl, .json or .parquet with a column of pictures or their paths and one of captions;
+  a COCO captions file, or the folder that holds it; WebDataset shards: a .tar, a folder of them, "x-{000..009}.tar";
+  a Hugging Face data set: a folder that save_to_disk wrote or load_dataset reads, or OWNER/NAME on the hub;
+  a made source: "shapes", "shapes:count=20000,seed=1", "emoji", "emoji:scenes=30000"."""
 
 
 def open_source(spec: str, config: DataConfig) -> Source:
-    """Opens a source of captioned pictures."""
-    name, separator, arguments = spec.partition(":")
-    if name in MADE and not Path(spec).exists():
-        return MadeSource(name, arguments if separator else "", config)
-    raise ValueError(f"{spec!r} is not a known source")
+    """Opens a source of captioned pictures, whose `kind` tells the form that was found.
+
+    Raises ValueError that says what was found and which forms are accepted.
+    """
+    path = Path(spec).expanduser()
+    name, _, arguments = spec.partition(":")
+    if path.is_dir():
+        return _open_folder(path, config)
+    if path.is_file():
+        return _open_file(path, config)
+    if name in MADE:
+        return open_made(name, arguments, config)
+    if re.search(r"\.tar(\.gz)?$", spec):
+        shards = expand_shards(str(path) if "://" not in spec else spec)
+        if shards and all("://" in shard or Path(shard).is_file() for shard in shards):
+            return ShardSource(tuple(shards), config)
+        missing = next((shard for shard in shards if "://" not in shard and not Path(shard).is_file()), spec)
+        raise ValueError(f"--data {spec!r}: there is no shard {missing}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", spec) and not spec.startswith("."):
+        return loadable_source(spec, config)
+    near = difflib.get_close_matches(name, MADE, n=1)
+    hint = f"; did you mean the made source {near[0]!r}?" if near else ""
+    raise ValueError(f"--data {spec!r}: no such file or folder{hint}; {FORMS}")
+
+
+def _open_file(path: Path, config: DataConfig) -> Source:
+    """A single file."""
+    suffix = path.suffix.lower()
+    if suffix == ".json" and is_coco(path):
+        return CocoSource((path,), config)
+    if suffix in TABLES or (suffix == ".txt" and is_text_table(path)):
+        return table_source([path], config)
+    if suffix == ".tar" or path.name.lower().endswith((".tar.gz", ".tgz")):
+        return ShardSource((str(path),), config)
+    raise ValueError(f"--data {path} is a file of a form that isn't known ({suffix or 'no ending'}); {FORMS}")
+
+
+def _open_folder(root: Path, config: DataConfig) -> Source:
+    """A folder: the most explicit statement of captions in it wins."""
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return saved_source(root, config)
+    files = tuple(walk(root))
+    pictures = [path for path in files if is_picture(path)]
+    coco = [path for path in files if _may_be_coco(path, root) and is_coco(path)]
+    if coco:
+        return CocoSource(tuple(coco), config)
+    if pictures and any(path.name in METADATA for path in files):
+        return MetadataFolder(root, files, config)
+    shards = [str(path) for path in files if path.suffix.lower() == ".tar"]
+    if shards and not pictures:
+        return ShardSource(tuple(shards), config)
+    if not pictures and any(path.suffix.lower() in (".parquet", ".arrow") for path in files):
+        return loadable_source(str(root), config, folder=root)
+    texts = {path for path in files if path.suffix.lower() == ".txt"}
+    if not any(has_own_text(path, texts) for path in pictures):
+        tables = [path for path in files if path.parent == root and _is_table(path)]
+        if len(tables) == 1 or (tables and all(split_in(path.name) for path in tables)):
+            return table_source(tables, config)
+        if len(tables) > 1:
+            raise ValueError(f"--data {root} holds several tables: {_names(tables)}; point --data at one of them")
+    if pictures:
+        return PictureFolder(root, files, config)
+    raise ValueError(f"--data {root} holds no captioned pictures: {_inventory(files)}; {FORMS}")
+
+
+def _may_be_coco(path: Path, root: Path) -> bool:
+    return path.suffix.lower() == ".json" and path.parent in (root, root / "annotations")
+
+
+def _is_table(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in TABLES or (suffix == ".txt" and is_text_table(path))
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
+def _inventory(files: tuple[Path, ...]) -> str:
+    """What files there are, by their endings."""
+    counts = Counter(path.suffix.lower() or "no ending" for path in files).most_common(8)
+    return "found " + (", ".join(f"{count} {suffix}" for suffix, count in counts) or "nothing")
 
 
 def resolve_spec(spec: str) -> str:
@@ -31,82 +118,12 @@ def resolve_spec(spec: str) -> str:
     return str(path.resolve()) if path.exists() else spec
 
 
-class MadeSource:
-    """A source that is drawn, not read: its class is looked up and called when it is opened."""
-
-    def __init__(self, name: str, arguments: str, config: DataConfig) -> None:
-        maker = _maker(name)
-        values = parse_arguments(name, arguments, maker)
-        if "image_size" in inspect.signature(maker).parameters:
-            values.setdefault("image_size", config.image_size)
-        self._source: Source = maker(**values)
-        self.kind = f"made source {name}"
-        self.describe = self._source.describe
-
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self._source)
-
-    def __len__(self) -> int:
-        return len(self._source)  # type: ignore[arg-type]
-
-    def content_key(self) -> str:
-        """Changes with the arguments and with what the drawing code makes of them, told from the first pictures."""
-        digest = hashlib.sha256(self.describe.encode())
-        for record in islice(iter(self), 3):
-            digest.update(repr((record.name, record.captions, record.split)).encode())
-            digest.update(record.load().tobytes())
-        return digest.hexdigest()
-
-
-def _maker(name: str) -> Callable[..., Any]:
-    """The class of a made source."""
-    if name == "shapes":
-        from dalle_mini_impl.data.shapes import ShapesSource
-
-        return ShapesSource
-    from dalle_mini_impl.data.emoji import EmojiSource
-
-    return EmojiSource
-
-
-def parse_arguments(name: str, text: str, maker: Callable[..., Any]) -> dict[str, Any]:
-    """``count=200,seed=1`` as keyword arguments of `maker`, typed by its annotations; raises ValueError."""
-    constructor = maker.__init__ if inspect.isclass(maker) else maker
-    hints = get_type_hints(constructor)
-    known = [key for key in inspect.signature(maker).parameters]
-    values: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, separator, value = part.partition("=")
-        if not separator:
-            raise ValueError(f"{name}:{text}: {part!r} must read key=value; known keys: {', '.join(known)}")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{name}: unknown key {key!r}; {hint}")
-        values[key] = _typed(f"{name}:{key}", value, str(hints.get(key, str)))
-    return values
-
-
-def _typed(where: str, text: str, annotation: str) -> Any:
-    """A value as its annotation asks."""
-    try:
-        if "bool" in annotation:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
-        if "int" in annotation:
-            return int(text)
-        if "float" in annotation:
-            return float(text)
-    except (ValueError, KeyError):
-        raise ValueError(f"{where} is {text!r}, but must be {annotation}") from None
-    return Path(text) if "Path" in annotation else text
-
-
 def content_key(source: Source) -> str:
-    """A cheap fingerprint of what a source would give: sizes and times of its files, the first pictures of made ones."""
-    if isinstance(source, MadeSource):
-        return source.content_key()
-    roots: Iterable[Path] = getattr(source, "roots", ())
-    return files_key(path for root in roots for path in walk(root))
+    """A cheap fingerprint of what a source would give: its files' sizes and times, or a few pictures that it draws."""
+    roots: tuple[Path, ...] | None = getattr(source, "roots", None)
+    if roots is None:
+        return probe(source)
+    return files_key(path for root in roots for path in walk(root)) if roots else source.describe
 
 
 def files_key(paths: Iterable[Path]) -> str:
@@ -127,8 +144,13 @@ def walk(root: Path) -> Iterator[Path]:
     if not root.is_dir():
         yield root
         return
+    seen: set[str] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        if os.path.realpath(folder) in seen:  # links that lead round in a circle
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(folder, name)

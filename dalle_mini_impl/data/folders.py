@@ -1,0 +1,159 @@
+"""Folders of pictures: captions in .txt files beside them, in a metadata table, or in the folders' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dalle_mini_impl.config import DataConfig
+from dalle_mini_impl.data.columns import caption_lines, class_caption, split_of
+from dalle_mini_impl.data.pictures import EXTENSIONS
+from dalle_mini_impl.data.records import Record, Split
+from dalle_mini_impl.data.rows import RowSource, path_record
+from dalle_mini_impl.data.tables import table_part
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file's ending is a picture's."""
+    return path.suffix.lower() in EXTENSIONS
+
+
+def has_own_text(picture: Path, texts: set[Path]) -> bool:
+    """Whether ``x.txt`` lies beside ``x.jpg``."""
+    return picture.with_suffix(".txt") in texts
+
+
+class SplitFolders:
+    """Tells the split of a file from the folder at the top, where every picture lies in a folder named after one."""
+
+    def __init__(self, root: Path, pictures: list[Path]) -> None:
+        self.root = root
+        tops = {parts[0] if len(parts := path.relative_to(root).parts) > 1 else "" for path in pictures}
+        self.found = bool(tops) and all(split_of(top) for top in tops)
+
+    def split(self, path: Path) -> Split | None:
+        """The split of a file below the root."""
+        return split_of(path.relative_to(self.root).parts[0]) if self.found else None
+
+    def folders(self, path: Path) -> tuple[str, ...]:
+        """The folders that a file lies in, its split's left out."""
+        return path.relative_to(self.root).parts[self.found : -1]
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """A folder of pictures with captions in .txt files of the same stem, in its folders' names, or none at all."""
+
+    root: Path
+    files: tuple[Path, ...]
+    config: DataConfig
+
+    @cached_property
+    def _pictures(self) -> list[Path]:
+        return [path for path in self.files if is_picture(path)]
+
+    @cached_property
+    def _texts(self) -> set[Path]:
+        return {path for path in self.files if path.suffix.lower() == ".txt"}
+
+    @cached_property
+    def _splits(self) -> SplitFolders:
+        return SplitFolders(self.root, self._pictures)
+
+    @cached_property
+    def kind(self) -> str:
+        """Which of the three it is."""
+        if any(has_own_text(path, self._texts) for path in self._pictures):
+            return "pictures with .txt captions"
+        if any(self._splits.folders(path) for path in self._pictures):
+            return "class folders"
+        return "pictures without captions"
+
+    @property
+    def describe(self) -> str:
+        """What is read from where."""
+        return f"{len(self._pictures)} files in {self.root}: {self.kind}"
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """What a fingerprint has to cover."""
+        return (self.root,)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __iter__(self) -> Iterator[Record]:
+        for path in self._pictures:
+            yield Record(
+                name=(name := path.relative_to(self.root).as_posix()),
+                load=path_record(name, path, (), None, self.config).load,
+                captions=self._captions(path),
+                split=self._splits.split(path),
+            )
+
+    def _captions(self, path: Path) -> tuple[str, ...]:
+        if self.kind == "class folders":
+            folders = self._splits.folders(path)
+            return (class_caption(folders[-1]),) if folders else ()
+        return caption_lines(read_text(path.with_suffix(".txt"))) if has_own_text(path, self._texts) else ()
+
+
+@dataclass(frozen=True)
+class MetadataFolder:
+    """Hugging Face's `imagefolder`: pictures and metadata.csv, .jsonl or .parquet that names them.
+
+    The table is read by the `datasets` library's reader of its format rather than by "imagefolder", which leaves out
+    the pictures that the table doesn't name, takes the caption "null" for none, and orders sub-folders by chance.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    config: DataConfig
+    kind: str = "imagefolder with metadata"
+
+    @cached_property
+    def _tables(self) -> list[Path]:
+        return [path for path in self.files if path.name in METADATA]
+
+    @property
+    def describe(self) -> str:
+        """What is read from where."""
+        return f"imagefolder {self.root}: {', '.join(path.relative_to(self.root).as_posix() for path in self._tables)}"
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """What a fingerprint has to cover."""
+        return (self.root,)
+
+    def __iter__(self) -> Iterator[Record]:
+        pictures = [path for path in self.files if is_picture(path)]
+        splits = SplitFolders(self.root, pictures)
+        named: set[Path] = set()
+        for table in self._tables:
+            source = RowSource(self.kind, str(table), self.config, (table_part(table),))
+            for record in source:
+                path = record.path or table
+                named.add(path)
+                inside = path.is_relative_to(self.root)
+                yield Record(
+                    name=path.relative_to(self.root).as_posix() if inside and record.path else record.name,
+                    load=record.load,
+                    captions=record.captions,
+                    split=record.split or (splits.split(path) if inside and record.path else None),
+                    path=None if inside else record.path,
+                )
+        for path in pictures:
+            if path not in named:
+                name = path.relative_to(self.root).as_posix()
+                yield Record(name, path_record(name, path, (), None, self.config).load, (), splits.split(path))
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 where its first bytes say so; what isn't text becomes U+FFFD."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    return data.decode(encoding, errors="replace")
