@@ -55,7 +55,7 @@ def sample(
         out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     total = len(texts) * candidates * model.dalle.stream.num_image_tokens // state.num_processes
-    with _progress_bar(total, shown=state.is_main_process) as progress:
+    with progress_bar(total, shown=state.is_main_process) as progress:
         ranked = _draw(model, texts, candidates, keep, seed, settings, batch_size, state, progress)
         if state.is_main_process:
             num_kept = _write(ranked, out, model, checkpoint, settings)
@@ -186,7 +186,7 @@ def _warn_of_cuts(model: TextToImage, prompts: Sequence[str]) -> None:
 
 
 @contextmanager
-def _progress_bar(total: int, *, shown: bool) -> Iterator[Progress]:
+def progress_bar(total: int, *, shown: bool = True) -> Iterator[Progress]:
     """A progress bar on the error stream that counts image tokens; silent where it isn't shown."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

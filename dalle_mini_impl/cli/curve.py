@@ -1,0 +1,160 @@
+"""What N is worth: quality of the best of N candidates, judged by somebody else than the ranker."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from dalle_mini_impl.cli.sample import progress_bar, read_prompts
+from dalle_mini_impl.data.checker import check_caption
+from dalle_mini_impl.data.shapes import held_out_prompts
+from dalle_mini_impl.pipeline import RankedPicture, TextToImage
+from dalle_mini_impl.pretrained import load_bundle
+from dalle_mini_impl.rerank import CurvePoint, FloatArray, best_of_n_curve, rank_pictures
+
+Judge = Callable[[str, Sequence[Image.Image]], list[float]]
+"""Quality of pictures that were drawn for a prompt: higher is better."""
+
+_PICTURES_AT_ONCE = 256
+_SHAPES_PROMPTS = 100
+
+
+def draw_curve(
+    checkpoint: str,
+    prompts_from: str,
+    num_prompts: int | None,
+    candidates: int,
+    judge: str | None,
+    seed: int,
+    out: Path,
+) -> None:
+    """Draws the candidates, judges each and writes curve.json and curve.png into `out`.
+
+    The curves: `clip` and `log_ratio` rank as their names say; `oracle` lets the judge itself choose, which no ranker
+    can beat. Raises ValueError for a judge that doesn't suit the prompts, and without matplotlib.
+    """
+    plot = _load_matplotlib()
+    prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
+    model = TextToImage.from_pretrained(checkpoint)
+    scores: dict[str, list[list[float]]] = {"clip": [], "log_ratio": [], "oracle": []}
+    for prompt, pictures in _draw(model, prompts, candidates, seed):
+        scores["oracle"].append(judge_pictures(prompt, [picture.image for picture in pictures]))
+        scores["log_ratio"].append([picture.log_ratio for picture in pictures])
+        scores["clip"].append([picture.clip_score for picture in pictures if picture.clip_score is not None])
+    if model.bundle.clip is None:
+        del scores["clip"]
+    arrays: dict[str, FloatArray] = {name: np.array(values, dtype=np.float64) for name, values in scores.items()}
+    curves = {name: best_of_n_curve(array, arrays["oracle"], seed=seed) for name, array in arrays.items()}
+    facts: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "checkpoint_hash": model.bundle.checkpoint_hash,
+        "prompts_from": prompts_from,
+        "num_prompts": len(prompts),
+        "candidates": candidates,
+        "seed": seed,
+        "settings": model.bundle.recipe.sampling.model_dump(),
+        "judge": judged_by,
+        "interval": "95 % percentile bootstrap over prompts",
+        "curves": {name: [dataclasses.asdict(point) for point in points] for name, points in curves.items()},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "curve.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _plot(plot, curves, facts, out / "curve.png")
+    for name, points in curves.items():
+        typer.echo(f"{name:>9}: " + "  ".join(f"{point.size}: {point.mean:.3f}" for point in points))
+    typer.echo(f"judged by {judged_by}: {out / 'curve.png'}")
+
+
+def _prompts_and_judge(
+    checkpoint: str, prompts_from: str, num_prompts: int | None, judge: str | None, seed: int
+) -> tuple[list[str], Judge, str]:
+    """The prompts, what judges pictures of them, and that judge's name."""
+    if prompts_from == "shapes":
+        if judge is not None:
+            raise ValueError("shapes are judged by their checker: leave out --judge, or give prompts of your own")
+        prompts = held_out_prompts(num_prompts or _SHAPES_PROMPTS, seed)
+        return prompts, _checker, "the checker of shapes: share of pictures with every claim right"
+    if judge is None:
+        raise ValueError("prompts of your own need --judge CHECKPOINT, whose CLIP judges what the other one ranks")
+    bundle = load_bundle(judge)
+    if bundle.clip is None:
+        raise ValueError(f"judge {judge!r} has no CLIP: give a checkpoint that has one")
+    if bundle.checkpoint_hash == load_bundle(checkpoint).checkpoint_hash:
+        raise ValueError(f"judge {judge!r} is the ranker itself: give a checkpoint with another CLIP")
+    clip, tokenizer = bundle.clip, bundle.tokenizer
+
+    def score(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
+        scores: list[float] = rank_pictures(clip, tokenizer, _squares(pictures, clip.image_size), prompt).tolist()
+        return scores
+
+    return read_prompts(None, Path(prompts_from))[:num_prompts], score, f"mean CLIP score by {judge}"
+
+
+def _checker(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
+    return [float(check_caption(np.asarray(picture), prompt)) for picture in pictures]
+
+
+def _squares(pictures: Sequence[Image.Image], size: int) -> Tensor:
+    """Pictures as (n, 3, size, size) float in [0, 1]."""
+    arrays = [np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def _draw(
+    model: TextToImage, prompts: Sequence[str], candidates: int, seed: int
+) -> Iterator[tuple[str, list[RankedPicture]]]:
+    """Each prompt with its candidates in the order of their numbers, many prompts to a batch."""
+    num_tokens = model.dalle.stream.num_image_tokens
+    at_once = max(1, _PICTURES_AT_ONCE // candidates)
+    with progress_bar(len(prompts) * candidates * num_tokens) as progress:
+        for first in range(0, len(prompts), at_once):
+            part = prompts[first : first + at_once]
+            jobs = [(prompt, candidate) for prompt in range(len(part)) for candidate in range(candidates)]
+            before = first * candidates * num_tokens
+
+            def advance(done: int, _: int, before: int = before) -> None:
+                progress(before + done, 0)
+
+            pictures = model.draw_jobs(part, jobs, seed, progress=advance)
+            for index, prompt in enumerate(part):
+                yield prompt, pictures[index * candidates : (index + 1) * candidates]
+
+
+def _load_matplotlib() -> Any:
+    """matplotlib.figure, which draws without a display and without global state."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise ValueError("the curve is plotted by matplotlib: pip install 'dalle-mini-impl[eval]'") from None
+    return matplotlib.figure
+
+
+def _plot(figures: Any, curves: dict[str, list[CurvePoint]], facts: dict[str, Any], path: Path) -> None:
+    """Draws the curves with their intervals over a logarithmic N."""
+    figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    labels = {"clip": "best by CLIP", "log_ratio": "best by log-likelihood ratio", "oracle": "best by the judge itself"}
+    for name, points in curves.items():
+        sizes = [point.size for point in points]
+        (line,) = axes.plot(
+            sizes, [point.mean for point in points], "--" if name == "oracle" else "o-", label=labels[name]
+        )
+        lows, highs = [point.low for point in points], [point.high for point in points]
+        axes.fill_between(sizes, lows, highs, color=line.get_color(), alpha=0.15)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("candidates N")
+    axes.set_ylabel(facts["judge"].split(": ")[-1])
+    axes.set_title(f"{facts['checkpoint']}: best of N, {facts['num_prompts']} prompts, 95 % intervals")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

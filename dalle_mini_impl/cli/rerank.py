@@ -1,0 +1,125 @@
+"""``dalle-mini rerank``: rank a folder of pictures against a prompt, or plot what the number of candidates is worth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dalle_mini_impl.pretrained import Bundle
+
+_READ_AT_ONCE = 64
+_SHEET_PICTURES = 64
+
+
+def rerank(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of pictures to rank.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the pictures should show.")] = None,
+    checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
+    curve: Annotated[bool, typer.Option("--curve", help="Plot quality against the number of candidates.")] = False,
+    prompts_from: Annotated[str | None, typer.Option(help='Curve: "shapes" (default) or a file of prompts.')] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=2, help="Curve: 100 of shapes, all of a file.")] = None,
+    candidates: Annotated[int | None, typer.Option(min=1, help="Curve: pictures a prompt (default 64).")] = None,
+    judge: Annotated[str | None, typer.Option(help="Curve of a file: the checkpoint whose CLIP judges.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Curve: seed of scenes and pictures (default 0).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results; a ranking is printed anyway.")] = None,
+) -> None:
+    """Rank a folder of pictures against a prompt, or plot quality against the number of candidates.
+
+    `dalle-mini rerank FOLDER --prompt "a red heart"` prints CLIP's score of each picture, best first.
+    `dalle-mini rerank --curve --checkpoint NAME --out DIR` draws candidates for many prompts and plots how good the
+    best of 1, 2, 4 … is, as told by a judge that is not the ranker: the checker of shapes, or another CLIP.
+    """
+    of_curve = {"prompts-from": prompts_from, "num-prompts": num_prompts, "candidates": candidates}
+    of_curve |= {"judge": judge, "seed": seed}
+    if curve:
+        if folder is not None or prompt is not None:
+            raise ValueError("--curve draws its own pictures: leave out the folder and --prompt")
+        from dalle_mini_impl.cli.curve import draw_curve
+
+        draw_curve(
+            checkpoint,
+            "shapes" if prompts_from is None else prompts_from,
+            num_prompts,
+            64 if candidates is None else candidates,
+            judge,
+            0 if seed is None else seed,
+            Path("outputs/curve") if out is None else out,
+        )
+        return
+    if given := [f"--{name}" for name, value in of_curve.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)} belong to --curve: add it, or leave them out")
+    if folder is None or prompt is None:
+        raise ValueError('give a folder of pictures and --prompt "a red heart", or --curve')
+    from dalle_mini_impl.pretrained import load_bundle
+
+    _rank_folder(load_bundle(checkpoint), folder, prompt, out)
+
+
+def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) -> None:
+    """Prints the ranking and, with `out`, writes ranking.jsonl and sheet.png, the contact sheet of the best."""
+    from PIL import Image
+
+    from dalle_mini_impl.sheet import contact_sheet
+
+    ranking = score_folder(bundle, folder, prompt)
+    for score, path in ranking:
+        typer.echo(f"{score:.4f}  {path}")
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"rank": rank, "clip_score": score, "file": str(path), "prompt": prompt}, ensure_ascii=False)
+        for rank, (score, path) in enumerate(ranking, start=1)
+    ]
+    (out / "ranking.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    cells: list[tuple[Image.Image, str]] = []
+    for score, path in ranking[:_SHEET_PICTURES]:
+        cells.append((Image.fromarray(_read(path, bundle)), f"{score:.3f} {path.name}"))
+    contact_sheet([(prompt, cells)]).save(out / "sheet.png")
+
+
+def score_folder(bundle: Bundle, folder: Path, prompt: str) -> list[tuple[float, Path]]:
+    """CLIP scores of all pictures under a folder, best first; pictures that can't be read are named and left out.
+
+    Raises ValueError for a checkpoint without CLIP and for a folder without a readable picture.
+    """
+    import numpy as np
+    import torch
+
+    from dalle_mini_impl.data.pictures import EXTENSIONS, PictureError
+    from dalle_mini_impl.rerank import rank_pictures
+
+    if bundle.clip is None:
+        raise ValueError(f"checkpoint {bundle.recipe.name!r} has no clip.safetensors: train its clip stage")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of pictures")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    ranking: list[tuple[float, Path]] = []
+    for first in range(0, len(paths), _READ_AT_ONCE):
+        arrays, read = [], []
+        for path in paths[first : first + _READ_AT_ONCE]:
+            try:
+                arrays.append(_read(path, bundle))
+                read.append(path)
+            except PictureError as error:
+                typer.echo(f"left out {path}: {error}", err=True)
+        if read:
+            pictures = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255  # (n, 3, S, S)
+            ranking += zip(rank_pictures(bundle.clip, bundle.tokenizer, pictures, prompt).tolist(), read, strict=True)
+    if not ranking:
+        raise ValueError(f"there is no readable picture in {folder}")
+    return sorted(ranking, key=lambda pair: (-pair[0], str(pair[1])))
+
+
+def _read(path: Path, bundle: Bundle) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """A picture as the checkpoint's CLIP sees it: uint8 (S, S, 3)."""
+    from dalle_mini_impl.data.pictures import open_picture, to_rgb, to_square
+
+    data = bundle.recipe.data.model_copy(update={"min_side_px": 1})  # small is no reason not to be ranked
+    return to_square(to_rgb(open_picture(path, data)), data.image_size, data.fit)
