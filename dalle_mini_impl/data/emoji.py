@@ -1,0 +1,278 @@
+"""The made source `emoji`: every glyph of an installed colour-emoji font by name, and scenes composed of several.
+
+Sizes and places in scenes are multiples of 1/16 of the picture, so that a glyph often falls on the token grid in the
+same way, which small models learn far sooner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import combinations
+from pathlib import Path
+
+from PIL import Image
+
+from dalle_mini_impl.data.emoji_font import draw_cell, draw_glyph, find_font
+from dalle_mini_impl.data.emoji_names import Glyph, all_glyphs, with_article
+from dalle_mini_impl.data.records import Record, Split
+
+SCENE_EMOJI = (
+    "🐶🐱🐭🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🦆🦅🦉🐺🐴🦄🐝🦋🐌🐞🕷🐢🐍🐙🦀🐡🐠🐬🐳🦈🐊🐘🐪🦒🐄🐎🐖🐑🐕🐈🐓🦜🦔🐁🐒🦓🦖🐉"  # animals
+    "🌲🌳🌴🌵🌷🌹🌺🌻🌼🍀🍁🍄"  # plants
+    "🍎🍏🍐🍊🍋🍌🍉🍇🍓🍒🍑🍍🥥🥝🍅🍆🥑🥕🌽🌶🍞🥐🧀🍔🍟🍕🌭🌮🍿🍦🍩🍪🎂🍰🧁🍫🍭🍯🍺☕🥚🍤"  # food and drink
+    "🚗🚕🚙🚌🚑🚒🚜🚲🚂🚀✈🚁⛵🚢🛸🚓"  # vehicles
+    "🏠🏰⛺🗼🗿🌋"  # places
+    "🌞🌙⭐🌈☁❄🔥💧"  # sky and weather
+    "⚽🏀🎈🎁🎸🎹🥁🎺🏆🎲🧸🪁"  # play
+    "🔑💡⏰📷📱💻📺📚✏✂🔨☂👑👓🎩👟👢🕯🪑🛏🚪🧲🔔⚓💎💰🧦🎒🏺"  # things
+    "❤🧡💛💚💙💜🖤"  # hearts
+    "😀😂😍😎😢😡😱😴🤖👻👽💀🎃🤡💩👶🧙🎅"  # faces
+)
+"""Emoji that scenes are composed of: of one code point, and to be told at a quarter of the picture."""
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "blue": (150, 196, 246),
+    "green": (166, 222, 160),
+    "yellow": (252, 236, 150),
+    "pink": (252, 196, 214),
+    "purple": (208, 186, 242),
+    "gray": (206, 206, 206),
+    "black": (24, 24, 24),
+}
+UNITS = 16
+"""A scene's grid: places and sizes are multiples of a 16th of the side."""
+FULL = 15.0
+"""Size of a glyph alone in its picture, in units; the rest is its margin."""
+HELD_OUT_PERCENT = 4
+
+Side = tuple[int, int]
+PLACES: dict[str, Side] = {
+    "in the top left corner": (0, 0),
+    "in the top right corner": (2, 0),
+    "in the bottom left corner": (0, 2),
+    "in the bottom right corner": (2, 2),
+    "at the top": (1, 0),
+    "at the bottom": (1, 2),
+    "on the left": (0, 1),
+    "on the right": (2, 1),
+}
+PARTS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1): "bottom right"}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A glyph in a picture: its upper left corner and its side, in units."""
+
+    glyph: Glyph
+    x: float
+    y: float
+    size: float
+
+
+@dataclass(frozen=True)
+class EmojiScene:
+    """One picture: glyphs that don't overlap, on a plain background."""
+
+    placed: tuple[Placed, ...]
+    background: str = "white"
+
+
+def render(scene: EmojiScene, font: Path, image_size: int) -> Image.Image:
+    """Draws a scene: an RGB picture of image_size x image_size pixels."""
+    canvas = Image.new("RGBA", (image_size, image_size), (*BACKGROUNDS[scene.background], 255))
+    for item in scene.placed:
+        x, y, size = (round(value * image_size / UNITS) for value in (item.x, item.y, item.size))
+        canvas.alpha_composite(draw_glyph(font, item.glyph.sequence, size), (x, y))
+    return canvas.convert("RGB")
+
+
+class EmojiSource:
+    """Pictures of emoji with their names, then scenes of 1 to 3 of them with captions that say what is where.
+
+    scenes: number of composed scenes; scene i depends on (seed, i) alone.
+    repeats: pictures of each emoji: one on white, then by turns on a coloured background and smaller or moved.
+    skin_tones: also show each variant with a skin tone, once.
+    font: a colour-emoji font with bitmaps; by default Noto Color Emoji, wherever it is installed.
+    Validation has the scenes that show a held-out pair of emoji together, which training never does. A glyph that
+    training has never shown can't be drawn, so every single glyph is in training.
+    Raises ValueError where the font or the package with the names is missing.
+    """
+
+    kind = "emoji"
+
+    def __init__(
+        self,
+        scenes: int = 30_000,
+        seed: int = 0,
+        image_size: int = 64,
+        font: str | None = None,
+        repeats: int = 6,
+        skin_tones: bool = True,
+    ) -> None:
+        if scenes < 0 or repeats < 0 or scenes + repeats == 0:
+            raise ValueError(
+                f"emoji:scenes is {scenes} and repeats {repeats}; both must be at least 0 and one of them 1"
+            )
+        if image_size < 2 * UNITS:
+            raise ValueError(f"emoji need pictures of at least {2 * UNITS} pixels, not {image_size}")
+        self.scenes, self.seed, self.image_size, self.repeats = scenes, seed, image_size, repeats
+        self.font = find_font(font)
+        drawable = drawable_glyphs(self.font)
+        self.base = [glyph for glyph in drawable if not glyph.toned]
+        self.toned = [glyph for glyph in drawable if glyph.toned] if skin_tones and repeats else []
+        self.actors = [glyph for glyph in self.base if glyph.sequence.rstrip("\ufe0f") in set(SCENE_EMOJI)]
+
+    @property
+    def describe(self) -> str:
+        """What the source is, in a line; equal lines mean equal pictures and captions."""
+        digest = hashlib.sha256(self.font.read_bytes()).hexdigest()[:12]
+        return (
+            f"emoji:scenes={self.scenes},seed={self.seed},repeats={self.repeats} at {self.image_size} pixels: "
+            f"{len(self.base)} glyphs and {len(self.toned)} with skin tones of {self.font.name} ({digest})"
+        )
+
+    def __len__(self) -> int:
+        return len(self.base) * self.repeats + len(self.toned) + self.scenes
+
+    def __iter__(self) -> Iterator[Record]:
+        for glyph in self.base:
+            name = "-".join(f"{ord(letter):x}" for letter in glyph.sequence)
+            for repeat in range(self.repeats):
+                rng = random.Random(f"emoji/{self.seed}/{glyph.sequence}/{repeat}")
+                scene = single_scene(glyph, repeat, rng)
+                yield self._record(f"emoji/{name}/{repeat}", scene, single_captions(scene, rng), "train")
+        for glyph in self.toned:
+            name = "-".join(f"{ord(letter):x}" for letter in glyph.sequence)
+            scene = EmojiScene((_centred(glyph, FULL),))
+            captions = (glyph.name, glyph.name.replace(": ", " with ", 1))
+            yield self._record(f"emoji/{name}", scene, captions, "train")
+        for index in range(self.scenes):
+            rng = random.Random(f"emoji/{self.seed}/scene/{index}")
+            scene, captions = composed_scene(self.actors, rng)
+            split: Split = "validation" if is_held_out(scene) else "train"
+            yield self._record(f"emoji/scene/{index:06d}", scene, captions, split)
+
+    def _record(self, name: str, scene: EmojiScene, captions: tuple[str, ...], split: Split) -> Record:
+        return Record(
+            name=name, load=partial(render, scene, self.font, self.image_size), captions=captions, split=split
+        )
+
+
+@lru_cache(maxsize=2)
+def drawable_glyphs(font: Path) -> tuple[Glyph, ...]:
+    """The emoji that a font can draw, in a fixed order."""
+    return tuple(glyph for glyph in all_glyphs() if draw_cell(font, glyph.sequence) is not None)
+
+
+def is_held_out(scene: EmojiScene) -> bool:
+    """Whether a scene shows two emoji that training never shows together."""
+    names = sorted(item.glyph.sequence for item in scene.placed)
+    digests = (hashlib.sha256("+".join(pair).encode()).digest() for pair in combinations(names, 2))
+    return any(int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT for digest in digests)
+
+
+def _centred(glyph: Glyph, size: float, dx: float = 0.0, dy: float = 0.0) -> Placed:
+    return Placed(glyph, (UNITS - size) / 2 + dx, (UNITS - size) / 2 + dy, size)
+
+
+def single_scene(glyph: Glyph, repeat: int, rng: random.Random) -> EmojiScene:
+    """A glyph that fills its picture: 0 plain on white, odd repeats on a colour, even ones 0.85 to 1 as big and moved."""
+    if repeat == 0:
+        return EmojiScene((_centred(glyph, FULL),))
+    if repeat % 2 == 1:
+        return EmojiScene((_centred(glyph, FULL),), rng.choice(list(BACKGROUNDS)[1:]))
+    size = rng.choice((13.0, 14.0))
+    room = int(UNITS - size) // 2
+    return EmojiScene((_centred(glyph, size, rng.randint(-room, room), rng.randint(-room, room)),))
+
+
+def single_captions(scene: EmojiScene, rng: random.Random) -> tuple[str, ...]:
+    """The name, with its article, in a phrase, and another name where there is one."""
+    glyph = scene.placed[0].glyph
+    name, thing = glyph.name, with_article(glyph.name)
+    phrases = [f"{name} emoji", f"a picture of {thing}", f"an emoji of {thing}"]
+    if glyph.is_flag:
+        phrases = [f"the {name.replace(': ', ' of ')}"]
+    captions = [name, thing, rng.choice(phrases), *rng.sample(glyph.aliases, min(1, len(glyph.aliases)))]
+    return tuple(dict.fromkeys(_on_background(caption, scene, rng) for caption in captions))
+
+
+def _on_background(caption: str, scene: EmojiScene, rng: random.Random) -> str:
+    """Adds the background: always unless it is white, for which pictures stand that nothing is said of."""
+    colour = scene.background
+    if colour == "white" and rng.random() < 0.9:
+        return caption
+    light = colour not in ("white", "black") and rng.random() < 0.3
+    return f"{caption} on a {'light ' if light else ''}{colour} background"
+
+
+def composed_scene(actors: list[Glyph], rng: random.Random) -> tuple[EmojiScene, tuple[str, ...]]:
+    """A scene of 1 to 3 different emoji in clear places, with 2 or 3 captions."""
+    number = rng.choices((1, 2, 3), weights=(2, 6, 2))[0]
+    glyphs = rng.sample(actors, number)
+    background = rng.choice(list(BACKGROUNDS)) if rng.random() < 0.65 else "white"
+    placed, captions = (_one, _two, _three)[number - 1](glyphs, rng)
+    scene = EmojiScene(placed, background)
+    chosen = rng.sample(captions, min(3, len(captions)))
+    return scene, tuple(dict.fromkeys(_on_background(caption, scene, rng) for caption in chosen))
+
+
+Composition = tuple[tuple[Placed, ...], list[str]]
+
+
+def _one(glyphs: list[Glyph], rng: random.Random) -> Composition:
+    """One emoji of half the picture's side at its border or in a corner."""
+    (glyph,) = glyphs
+    place, (column, row) = rng.choice(list(PLACES.items()))
+    thing = with_article(glyph.name)
+    captions = [f"{thing} {place}", f"{glyph.name} {place}", f"{place}, {thing}"]
+    return (Placed(glyph, 4 * column, 4 * row, 8),), captions
+
+
+def _two(glyphs: list[Glyph], rng: random.Random) -> Composition:
+    """Two emoji side by side or one above the other."""
+    first, second = (with_article(glyph.name) for glyph in glyphs)
+    across = 4 + rng.choice((0, 0, 0, -2, 2))
+    shift = rng.choice((0, 0, 1))
+    if rng.random() < 0.6:
+        places = [(shift, across), (9 - shift, across)]
+        captions = [
+            f"{first} to the left of {second}",
+            f"{first} left of {second}",
+            f"{second} to the right of {first}",
+            f"{first} on the left and {second} on the right",
+            f"{first} next to {second}",
+        ]
+    else:
+        places = [(across, shift), (across, 9 - shift)]
+        captions = [
+            f"{first} above {second}",
+            f"{second} below {first}",
+            f"{second} under {first}",
+            f"{first} at the top and {second} at the bottom",
+        ]
+    placed = tuple(Placed(glyph, *place, 7) for glyph, place in zip(glyphs, places, strict=True))
+    return placed, [*captions, f"{first} and {second}"]
+
+
+def _three(glyphs: list[Glyph], rng: random.Random) -> Composition:
+    """Three emoji in three quarters of the picture: two side by side, the third above or below one of them."""
+    row = rng.randint(0, 1)
+    under = rng.randint(0, 1)
+    corners = [(0, row), (1, row), (under, 1 - row)]
+    left, right, third = (with_article(glyph.name) for glyph in glyphs)
+    way = "below" if row == 0 else "above"
+    anchor = glyphs[under].name
+    captions = [
+        f"{left} to the left of {right}, {third} {way} the {anchor}",
+        f"{right} to the right of {left} and {third} {way} the {anchor}",
+        ", ".join(f"{with_article(g.name)} in the {PARTS[c]} corner" for g, c in zip(glyphs, corners, strict=True)),
+        f"{left}, {right} and {third}",
+    ]
+    placed = tuple(Placed(g, 9 * x, 9 * y, 7) for g, (x, y) in zip(glyphs, corners, strict=True))
+    return placed, captions
