@@ -1,0 +1,184 @@
+"""Fitting a run into a wall-clock time: durations, shares, and how many steps a stage can afford.
+
+A stage measures its own speed over its first steps, turns its share of the time into a number of steps and keeps
+that number, so that its schedules stay pure functions of the step. It looks again once, where the learning rate is
+about to fall: until then the rate has been flat, so a better number changes no step that is already done.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dalle_mini_impl.config import StageConfig
+
+WARMUP_STEPS = 5
+"""First steps that are not timed: memory is allocated and kernels are chosen in them."""
+TIMED_STEPS = 20
+EVALUATION_SHARE = 0.15
+"""A stage spends at most this share of its time on evaluations; it makes fewer where they are dear."""
+OVERRUN_LIMIT = 1.2
+"""A stage that has used this multiple of its time stops where it is."""
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration such as 90s, 25m, 1h30m or 1.5h; raises ValueError for anything else."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if not match or not any(match.groups()):
+        raise ValueError(f"{text!r} is no duration; write it like 90s, 25m or 1h30m")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    duration_sec = hours * 3600 + minutes * 60 + seconds
+    if duration_sec <= 0:
+        raise ValueError(f"{text!r} is no time at all; write it like 90s, 25m or 1h30m")
+    return duration_sec
+
+
+def format_duration(duration_sec: float) -> str:
+    """A duration for people: 42s, 3m05s, 1h30m."""
+    seconds = round(duration_sec)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes}m{seconds:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def process_age_sec() -> float:
+    """Seconds since this process was started; since the first call where the system doesn't tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        uptime_sec = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+        return max(0.0, uptime_sec - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
+
+class Budget:
+    """What is left of a run's wall-clock time.
+
+    total_sec: None means no limit. clock: seconds, monotonic. already_sec: used before this object was made.
+    """
+
+    def __init__(
+        self, total_sec: float | None, *, already_sec: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.total_sec = total_sec
+        self.clock = clock
+        self._start = clock() - already_sec
+
+    def elapsed_sec(self) -> float:
+        """Seconds used so far."""
+        return self.clock() - self._start
+
+    def for_stage(self, stage: str, remaining: Sequence[str], shares: Mapping[str, float]) -> float | None:
+        """Seconds for a stage: its share, among the stages that remain (itself included), of the time that remains."""
+        if self.total_sec is None:
+            return None
+        left_sec = max(0.0, self.total_sec - self.elapsed_sec())
+        return left_sec * shares[stage] / sum(shares[name] for name in remaining)
+
+
+@dataclass
+class Plan:
+    """How long a stage runs. total_steps is None while a budgeted stage still measures its speed."""
+
+    total_steps: int | None
+    num_evaluations: int
+    allotted_sec: float | None = None
+    step_sec: float | None = None
+    evaluation_sec: float | None = None
+    refined: bool = False
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation follows once `step` steps are done: evenly spread, the last at the end."""
+        if self.total_steps is None or step == 0:
+            return False
+        done, before = (n * self.num_evaluations // self.total_steps for n in (step, step - 1))
+        return done > before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the resumable state."""
+        return asdict(self)
+
+
+class StageClock:
+    """Times a stage's steps and evaluations and keeps its plan.
+
+    A stage without a budget has its plan from the start. One with a budget asks for a trial evaluation once
+    WARMUP_STEPS + TIMED_STEPS steps are done (`wants_measurement`) and then fixes its plan (`fix`).
+    """
+
+    def __init__(
+        self, config: StageConfig, allotted_sec: float | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.clock = clock
+        self.start = clock()
+        self.plan = Plan(None if allotted_sec is not None else config.steps, config.evaluations, allotted_sec)
+        self._steps_done = 0
+        self._timed_steps = 0
+        self._timed_sec = 0.0
+        self._step_start = self.start
+
+    def step_started(self) -> None:
+        """Call before a step's batch is asked for."""
+        self._step_start = self.clock()
+
+    def step_done(self) -> None:
+        """Call when a step's work is finished (on a GPU: queued; the measurement ends with a synchronisation)."""
+        self._steps_done += 1
+        if self._steps_done > WARMUP_STEPS:
+            self._timed_steps += 1
+            self._timed_sec += self.clock() - self._step_start
+
+    @property
+    def elapsed_sec(self) -> float:
+        """Seconds since the stage began in this process."""
+        return self.clock() - self.start
+
+    def wants_measurement(self) -> bool:
+        """Whether enough steps have been timed to fix the number of steps."""
+        return self.plan.total_steps is None and self._timed_steps >= TIMED_STEPS
+
+    def wants_refinement(self, step: int) -> bool:
+        """Whether the rate is about to fall, so that the plan may be put right for the last time."""
+        plan = self.plan
+        if plan.allotted_sec is None or plan.total_steps is None or plan.refined:
+            return False
+        return step >= (1 - self.config.decay_share) * plan.total_steps and self._timed_steps > 0
+
+    def fix(self, step: int, evaluation_sec: float) -> None:
+        """Fixes the plan once `step` steps are done and an evaluation is known to take evaluation_sec."""
+        assert self.plan.allotted_sec is not None
+        evaluations = self.config.evaluations
+        if evaluation_sec > 0:
+            affordable = int(EVALUATION_SHARE * self.plan.allotted_sec / evaluation_sec)
+            evaluations = max(1, min(evaluations, affordable))
+        self.plan.num_evaluations = evaluations
+        self.plan.evaluation_sec = evaluation_sec
+        self._set_total(step, evaluations)
+
+    def refine(self, step: int) -> None:
+        """Puts the number of steps right with the speed measured since the plan was fixed."""
+        assert self.plan.total_steps is not None
+        done = step * self.plan.num_evaluations // self.plan.total_steps
+        self._set_total(step, max(1, self.plan.num_evaluations - done))
+        self.plan.refined = True
+
+    def overrun(self) -> bool:
+        """Whether the stage has used far more than its time and has to stop where it is."""
+        allotted = self.plan.allotted_sec
+        return allotted is not None and self.elapsed_sec > allotted * OVERRUN_LIMIT + 5.0
+
+    def _set_total(self, step: int, evaluations_left: int) -> None:
+        plan = self.plan
+        assert plan.allotted_sec is not None
+        plan.step_sec = max(self._timed_sec / max(1, self._timed_steps), 1e-6)
+        left_sec = plan.allotted_sec - self.elapsed_sec - evaluations_left * (plan.evaluation_sec or 0.0)
+        plan.total_steps = step + max(1, int(left_sec / plan.step_sec))

@@ -1,0 +1,248 @@
+"""What each stage is judged by on held-out pictures, with chance and floors beside it. Runs on all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from dalle_mini_impl.clip import CLIP
+from dalle_mini_impl.config import Recipe
+from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.data.prepare import PreparedData
+from dalle_mini_impl.data.token_cache import TokenCache
+from dalle_mini_impl.sampling import sample_many
+from dalle_mini_impl.sheet import contact_sheet, reconstruction_sheet, to_pil
+from dalle_mini_impl.text import TextTokenizer, normalize_caption
+from dalle_mini_impl.training.batches import Indices
+from dalle_mini_impl.training.loop import EvaluationContext
+from dalle_mini_impl.vae.model import DiscreteVAE
+from dalle_mini_impl.vae.losses import reconstruction_metrics
+from dalle_mini_impl.vae.quantizers import usage_and_perplexity
+
+MAX_HELD_OUT = 512
+"""Held-out pictures an evaluation uses at most, evenly spaced over the validation split."""
+BATCH_SIZE = 64
+NUM_RECONSTRUCTIONS = 16
+NUM_PROMPTS, NUM_CANDIDATES = 8, 3
+
+
+def held_out(data: PreparedData) -> Indices:
+    """The pictures that evaluations use; training pictures where nothing is held out."""
+    indices: Indices = data.validation if len(data.validation) else data.train
+    places = np.linspace(0, len(indices) - 1, min(MAX_HELD_OUT, len(indices))).round().astype(np.int64)
+    return indices[places]
+
+
+def reconstruct(vae: DiscreteVAE, data: PreparedData, indices: Indices, context: EvaluationContext) -> dict[str, float]:
+    """PSNR (dB) and SSIM through the hard ids, share of codes used and their perplexity; writes a sheet."""
+    device = context.accelerator.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # psnr, ssim, pictures
+    counts = torch.zeros(vae.num_codes, dtype=torch.float64, device=device)
+    for chunk in _chunks(_share(indices, context)):
+        images = data.images(chunk).to(device)
+        with context.autocast():
+            ids = vae.encode(images)
+            decoded = vae.decode(ids)
+        values = reconstruction_metrics(images, decoded)
+        sums += torch.stack([values["psnr"].sum(), values["ssim"].sum(), values["psnr"].new_tensor(len(chunk))])
+        counts += torch.bincount(ids.flatten(), minlength=vae.num_codes)
+    sums, counts = context.accelerator.reduce(sums, "sum"), context.accelerator.reduce(counts, "sum")
+    usage, perplexity = usage_and_perplexity(counts)
+    if context.accelerator.is_main_process:
+        images = data.images(indices[:NUM_RECONSTRUCTIONS]).to(device)
+        with context.autocast():
+            decoded = vae.decode(vae.encode(images))
+        context.folder.mkdir(parents=True, exist_ok=True)
+        reconstruction_sheet(images, decoded).save(context.folder / f"vae-{context.step:06d}.png")
+    psnr, ssim = (sums[:2] / sums[2]).tolist()
+    return {"psnr": psnr, "ssim": ssim, "codes_used": usage, "perplexity": perplexity, "num_codes": vae.num_codes}
+
+
+def retrieve(
+    clip: CLIP,
+    data: PreparedData,
+    indices: Indices,
+    tokenizer: TextTokenizer,
+    context: EvaluationContext,
+    vae: DiscreteVAE | None,
+) -> dict[str, float]:
+    """Loss beside ln B, and recall@1 and @5 in both directions over pairs with different captions, beside chance.
+
+    vae: where given, decodes of the pictures are judged as well, as reranking will.
+    """
+    pairs = _distinct(data, indices)
+    own = _share(pairs, context)
+    rows: list[tuple[int, Any, Any, Any]] = []
+    for chunk in _chunks(own):
+        images = data.images(chunk).to(context.accelerator.device)
+        text = tokenizer.batch([data.captions[i][0] for i in chunk], clip.text_length)[0].to(images.device)
+        with context.autocast():
+            image_vectors, text_vectors = clip(images, text)
+            decoded = clip.encode_image(vae.decode(vae.encode(images))) if vae is not None else image_vectors
+        arrays = (vectors.float().cpu().numpy() for vectors in (image_vectors, text_vectors, decoded))
+        rows += list(zip(chunk.tolist(), *arrays, strict=True))
+    rows = sorted(gather_object(rows), key=lambda row: row[0]) if context.accelerator.num_processes > 1 else rows
+    images_, texts, decodes = (torch.from_numpy(np.stack([row[part] for row in rows])) for part in (1, 2, 3))
+    metrics = _contrast_in_chunks(clip, images_, texts)
+    metrics |= _recalls(images_, texts)
+    if vae is not None:
+        metrics["decoded_to_text_recall_at_1"] = _recall(decodes @ texts.t(), 1)
+    return metrics
+
+
+def _contrast_in_chunks(clip: CLIP, images: Tensor, texts: Tensor) -> dict[str, float]:
+    """The loss over batches of at most 128 pairs, and ln B, what guessing costs InfoNCE."""
+    device = clip.logit_scale.device
+    size = min(128, len(images))
+    losses = []
+    for start in range(0, len(images) - size + 1, size):
+        keys = torch.arange(size, device=device)
+        part = slice(start, start + size)
+        losses.append(clip.contrast(images[part].to(device), texts[part].to(device), keys, keys).item())
+    return {"loss": sum(losses) / len(losses), "loss_chance": math.log(size)}
+
+
+def _recalls(images: Tensor, texts: Tensor) -> dict[str, float]:
+    scores = images @ texts.t()
+    metrics = {"num_pairs": float(len(scores))}
+    for k in (1, 5):
+        metrics[f"image_to_text_recall_at_{k}"] = _recall(scores, k)
+        metrics[f"text_to_image_recall_at_{k}"] = _recall(scores.t(), k)
+        metrics[f"chance_recall_at_{k}"] = min(1.0, k / len(scores))
+    return metrics
+
+
+def _recall(scores: Tensor, k: int) -> float:
+    """Share of rows of scores (n, n) whose own column is among the k highest; ties count against it."""
+    own = scores.diagonal()[:, None]
+    return ((scores >= own).sum(dim=1) <= k).double().mean().item()
+
+
+def likelihood(
+    dalle: DALLE,
+    data: PreparedData,
+    indices: Indices,
+    tokenizer: TextTokenizer,
+    cache: TokenCache,
+    context: EvaluationContext,
+) -> dict[str, float]:
+    """Nats and bits a token of plain pictures and their captions, and the caption gain.
+
+    Caption gain: nats an image token costs more under another picture's caption; 0 means captions are ignored.
+    """
+    device = context.accelerator.device
+    others = _other_captions(data, indices)
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    for chunk in _chunks(_share(indices, context)):
+        captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
+        ids = cache.ids(chunk).to(device)
+        text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
+        with context.autocast():
+            true = dalle.loss(text, ids)
+        sums[:4] += torch.stack([true.image_nll_sum, true.num_image, true.text_nll_sum, true.num_text])
+        swapped = [row for row, i in enumerate(chunk) if int(i) in others]
+        if swapped:
+            other_text = tokenizer.batch([others[int(chunk[row])] for row in swapped], dalle.stream.text_length)[0]
+            with context.autocast():
+                own = dalle.loss(text[swapped], ids[swapped])
+                other = dalle.loss(other_text.to(device), ids[swapped])
+            sums[4:] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
+    image, num_image, text_nll, num_text, gain, num_swapped = context.accelerator.reduce(sums, "sum").tolist()
+    image_nll = image / num_image
+    return {
+        "image_nll": image_nll,
+        "image_bits": image_nll / math.log(2),
+        "text_nll": text_nll / max(1, num_text),
+        "caption_gain": gain / max(1, num_swapped),
+    }
+
+
+def draw_samples(
+    dalle: DALLE,
+    vae: DiscreteVAE,
+    data: PreparedData,
+    indices: Indices,
+    tokenizer: TextTokenizer,
+    recipe: Recipe,
+    context: EvaluationContext,
+) -> None:
+    """Writes a sheet: held-out captions with their own picture and a few drawn by the sampler, seed by seed the same.
+
+    Prompts are shared out over the processes.
+    """
+    chosen = _distinct(data, indices)
+    chosen = chosen[np.linspace(0, len(chosen) - 1, min(NUM_PROMPTS, len(chosen))).round().astype(np.int64)]
+    own = _share(chosen, context)
+    drawn: list[tuple[int, Any]] = []
+    if len(own):
+        captions = [data.captions[i][0] for i in own]
+        text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(context.accelerator.device)
+        with context.autocast():
+            samples = sample_many(
+                dalle,
+                text,
+                captions,
+                range(NUM_CANDIDATES),
+                seed=recipe.seed,
+                settings=recipe.sampling,
+                log_ratio=False,
+            )
+        by_prompt = samples.ids.view(len(own), NUM_CANDIDATES, -1).cpu().numpy()
+        drawn = list(zip(own.tolist(), by_prompt, strict=True))
+    if context.accelerator.num_processes > 1:
+        drawn = gather_object(drawn)
+    if context.accelerator.is_main_process and drawn:
+        _write_sheet(vae, data, sorted(drawn, key=lambda item: item[0]), context)
+
+
+def _write_sheet(
+    vae: DiscreteVAE, data: PreparedData, drawn: Sequence[tuple[int, Any]], context: EvaluationContext
+) -> None:
+    """One row a caption: its held-out picture as the VAE gives it back, then the samples."""
+    device = context.accelerator.device
+    rows = []
+    for index, ids in drawn:
+        with context.autocast():
+            original = vae.decode(vae.encode(data.images([index]).to(device)))
+            pictures = vae.decode(torch.from_numpy(ids).to(device))
+        labels = ["held out", *("" for _ in pictures)]
+        rows.append((data.captions[index][0], list(zip(to_pil(torch.cat([original, pictures])), labels, strict=True))))
+    context.folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows).save(context.folder / f"dalle-{context.step:06d}.png")
+
+
+def _share(indices: Indices, context: EvaluationContext) -> Indices:
+    """This process's part."""
+    return indices[context.accelerator.process_index :: context.accelerator.num_processes]
+
+
+def _chunks(indices: Indices) -> Iterable[Indices]:
+    return (indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE))
+
+
+def _distinct(data: PreparedData, indices: Indices) -> Indices:
+    """Captioned pictures, one for each first caption."""
+    first: dict[str, int] = {}
+    for index in indices:
+        if data.captions[index]:
+            first.setdefault(normalize_caption(data.captions[index][0]), int(index))
+    return np.array(sorted(first.values()), dtype=np.int64)
+
+
+def _other_captions(data: PreparedData, indices: Indices) -> dict[int, str]:
+    """For each captioned picture the first caption of a later one that reads differently (cyclically)."""
+    captioned = [int(i) for i in indices if data.captions[i]]
+    others = {}
+    for place, index in enumerate(captioned):
+        own = normalize_caption(data.captions[index][0])
+        following = captioned[place + 1 :] + captioned[:place]
+        other = next((data.captions[i][0] for i in following if normalize_caption(data.captions[i][0]) != own), None)
+        if other is not None:
+            others[index] = other
+    return others

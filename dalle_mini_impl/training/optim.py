@@ -1,0 +1,75 @@
+"""Optimisers, the learning rate as a pure function of the step, and gradient clipping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dalle_mini_impl.config import StageConfig
+
+
+def learning_rate_share(step: int, total: int | None, config: StageConfig) -> float:
+    """The learning rate of a step as a share of its peak, in [final_lr_share, 1].
+
+    Linear warm-up, flat, then linear decay over the last decay_share of `total` steps. A run too short for its
+    warm-up warms up in a fifth of it. total: None while a budgeted stage still measures its speed (no decay yet).
+    """
+    warmup = config.warmup_steps if total is None else min(config.warmup_steps, total // 5)
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    if total is None:
+        return rising
+    decay_steps = max(1.0, config.decay_share * total)
+    left = min(1.0, max(0.0, (total - step) / decay_steps)) if config.decay_share > 0 else 1.0
+    return min(rising, config.final_lr_share + (1 - config.final_lr_share) * left)
+
+
+def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
+    """AdamW for all parameters, or Muon for `model.hidden_matrices()` and AdamW for the rest.
+
+    Weight decay acts on matrices and convolutions only. Each group keeps its peak rate under "peak_lr".
+    Raises ValueError where Muon is asked for and the model has no hidden matrices.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices: list[nn.Parameter] = []
+    if config.optimizer == "muon":
+        find = getattr(model, "hidden_matrices", None)
+        matrices = list(find()) if find is not None else []
+        if not matrices:
+            raise ValueError(f'{type(model).__name__} has no hidden matrices for Muon; set optimizer = "adamw"')
+    taken = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
+    optimizers: list[Optimizer] = [adamw]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, momentum=0.95, nesterov=True
+        )
+        optimizers.append(muon)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
+    """Sets every group to this share of its peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scales the gradients down to a global norm of at most max_norm; returns the norm before, 0-d."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)

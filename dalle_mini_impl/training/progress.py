@@ -1,0 +1,146 @@
+"""What a run tells while it goes: metrics.jsonl for programs, a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from dalle_mini_impl.training.budget import format_duration
+from dalle_mini_impl.training.checkpoint import write_atomically
+
+logger = logging.getLogger("dalle_mini_impl.training")
+
+LINE_EVERY_SEC = 20.0
+"""Seconds between two plain lines where there is no terminal."""
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a line, with at least "stage", "step" and "time_sec".
+
+    enabled: False on all processes but the first, where every method does nothing.
+    """
+
+    def __init__(self, path: Path, enabled: bool = True) -> None:
+        self.path = path
+        self.enabled = enabled
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        if not self.enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops the lines of a stage after a step, and a half-written last line: they are about to be made again."""
+        if not self.enabled or not self.path.is_file():
+            return
+        kept = [line for line in map(_parse, self.path.read_text(encoding="utf-8").splitlines()) if line is not None]
+        kept = [line for line in kept if line["stage"] != stage or line["step"] <= step]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        write_atomically(self.path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) and {"stage", "step"} <= value.keys() else None
+
+
+class Reporter:
+    """Shows one stage's progress to a person; a context manager.
+
+    unit: what `rate` counts, for example "tokens". enabled: False on all processes but the first.
+    """
+
+    def __init__(self, stage: str, unit: str, enabled: bool = True, console: Console | None = None) -> None:
+        self.stage = stage
+        self.unit = unit
+        self.enabled = enabled
+        self.console = console or Console(stderr=True)
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        if self.enabled and self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self._live.start()
+            self._task = self._live.add_task(self.stage, total=None, text="measuring")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def step(self, step: int, total: int | None) -> None:
+        """Moves the bar."""
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, completed=step, total=total)
+
+    def numbers(self, step: int, total: int | None, text: str, rate: float, left_sec: float | None) -> None:
+        """Shows fresh numbers. text: losses as the task words them. rate: units per second."""
+        if not self.enabled:
+            return
+        left = f", {format_duration(left_sec)} left" if left_sec is not None else ""
+        text = f"{text}, {rate:,.0f} {self.unit}/s{left}"
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, text=text)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_SEC:
+            self._last_line = time.monotonic()
+            logger.info("%s %d/%s  %s", self.stage, step, total or "?", text)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.enabled:
+            return
+        if self._live is not None:
+            self._live.console.print(f"[bold]{self.stage}[/bold] {text}", highlight=False)
+        else:
+            logger.info("%s %s", self.stage, text)
+
+
+@contextmanager
+def counting(label: str, enabled: bool = True) -> Iterator[Callable[[int, int | None], None]]:
+    """Shows a count of things done, out of a total where one is known: call the yielded function with both."""
+    console = Console(stderr=True)
+    if not enabled or not console.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int | None) -> None:
+            nonlocal last
+            if enabled and time.monotonic() - last >= LINE_EVERY_SEC:
+                last = time.monotonic()
+                logger.info("%s %d/%s", label, done, total or "?")
+
+        yield line
+        return
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    ) as live:
+        task = live.add_task(label, total=None)
+        yield lambda done, total: live.update(task, completed=done, total=total)

@@ -1,0 +1,279 @@
+"""A run: every stage in turn, from captioned pictures to a checkpoint folder.
+
+runs/NAME/
+  run.json           the recipe and the data that the run belongs to
+  data/              pictures and captions, ready for training;  data-report.json
+  cache/             image ids of all pictures
+  state/STAGE/       resumable state, and a mark when the stage is finished
+  checkpoint/        the model so far: what --checkpoint and --init-from take
+  samples/           reconstructions and sample sheets of each evaluation
+  metrics.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.data.prepare import PreparedData, prepare
+from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
+from dalle_mini_impl.pretrained import (
+    Bundle,
+    build_clip,
+    build_dalle,
+    build_vae,
+    load_bundle,
+    make_stream,
+    save_bundle,
+)
+from dalle_mini_impl.text import TextTokenizer
+from dalle_mini_impl.training.batches import derive_seed
+from dalle_mini_impl.training.budget import Budget
+from dalle_mini_impl.training.checkpoint import StateFolder, write_json
+from dalle_mini_impl.training.loop import StageTrainer, StopSignal, Task, autocast, autocast_dtype
+from dalle_mini_impl.training.progress import MetricsLog, counting
+from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
+from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+
+logger = logging.getLogger("dalle_mini_impl.training")
+M = TypeVar("M", bound=nn.Module)
+
+ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
+"""CLIP comes after the VAE, because part of its pictures pass through it."""
+
+
+def train(
+    recipe: Recipe,
+    data_spec: str,
+    out: str | Path,
+    *,
+    stages: Sequence[Stage] = ORDER,
+    resume: bool = False,
+    init_from: str | None = None,
+    budget_sec: float | None = None,
+    already_sec: float = 0.0,
+    accelerator: Accelerator | None = None,
+) -> bool:
+    """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
+
+    data_spec: anything `open_source` takes. init_from: a checkpoint whose tokenizer, architecture and weights the run
+    starts from. budget_sec: wall-clock limit for everything, of which already_sec have passed.
+    Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
+    """
+    budget = Budget(budget_sec, already_sec=already_sec)
+    run = Run(recipe, data_spec, Path(out), accelerator or Accelerator(), init_from)
+    todo = run.unfinished(stages, resume)
+    run.prepare()
+    shares = {stage: getattr(run.recipe.train, stage).budget_share for stage in ORDER}
+    for index, stage in enumerate(todo):
+        task = run.task(stage)
+        allotted_sec = budget.for_stage(stage, todo[index:], shares)
+        if not run.train_stage(stage, task, allotted_sec):
+            return False
+    return True
+
+
+class Run:
+    """One run's folder, data, tokenizer and models."""
+
+    data: PreparedData
+    bundle: Bundle
+
+    def __init__(
+        self, recipe: Recipe, data_spec: str, out: Path, accelerator: Accelerator, init_from: str | None
+    ) -> None:
+        self.out, self.data_spec, self.accelerator = out, data_spec, accelerator
+        self.is_main: bool = accelerator.is_main_process
+        self.states = {stage: StateFolder(out / "state" / stage) for stage in ORDER}
+        self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
+        self._note_path = out / "run.json"
+        self._note: dict[str, Any] = {}
+        self._initial = load_bundle(init_from) if init_from is not None else None
+        if self._initial is not None:
+            recipe = adopt_architecture(recipe, self._initial)
+        self.recipe = recipe
+        self._init_from = init_from
+
+    def unfinished(self, stages: Sequence[Stage], resume: bool) -> list[Stage]:
+        """The stages to train, in order; checks that the folder belongs to this run and may be gone on with."""
+        if self._note_path.is_file():
+            self._note = json.loads(self._note_path.read_text(encoding="utf-8"))
+            untouched = [stage for stage, state in self.states.items() if not (state.started or state.finished)]
+            check_unchanged(self._note, self.recipe, self.data_spec, self._init_from, untouched, self.out)
+        todo = [stage for stage in ORDER if stage in stages and not self.states[stage].finished]
+        stopped = [stage for stage in todo if self.states[stage].started]
+        if stopped and not resume:
+            raise ValueError(
+                f"{self.out} holds a run that stopped in stage {stopped[0]}: add --resume to go on where it stopped, "
+                f"or choose another --out"
+            )
+        for stage in set(stages) - set(todo):
+            logger.info("%s is finished already", stage)
+        return todo
+
+    def prepare(self) -> None:
+        """Pictures, captions, tokenizer and the models that there are; the main process first."""
+        if self.is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with counting("reading pictures") as progress:
+                prepare(self.data_spec, self.recipe.data, self.out / "data", progress=progress)
+        self.accelerator.wait_for_everyone()
+        self.data = PreparedData.open(self.out / "data")
+        self._check_data()
+        checkpoint = self.out / "checkpoint"
+        if self.is_main and not (checkpoint / "config.json").is_file():
+            save_bundle(self._first_bundle(), checkpoint)
+        if self.is_main:
+            write_json(self.out / "data-report.json", self.data.report)
+            write_json(self._note_path, self._describe())
+        self.accelerator.wait_for_everyone()
+        self.bundle = replace(load_bundle(checkpoint), recipe=self.recipe)
+        data, stream = self.data, self.bundle.stream
+        logger.info(
+            "%d training, %d validation pictures; %d text pieces, %d text slots, %d image tokens",
+            len(data.train),
+            len(data.validation),
+            stream.text_vocab,
+            stream.text_length,
+            stream.num_image_tokens,
+        )
+
+    def _check_data(self) -> None:
+        noted = self._note.get("data_fingerprint")
+        if noted is not None and noted != self.data.fingerprint:
+            raise ValueError(f"the pictures or captions of {self.data_spec} changed since {self.out} was begun")
+        if not len(self.data.train):
+            raise ValueError(f"{self.data_spec} has no training pictures; see {self.out / 'data' / 'data-report.json'}")
+        if not len(self.data.validation):
+            logger.warning("no picture is held out: evaluations use training pictures and don't show overfitting")
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "data": self.data_spec,
+            "init_from": self._init_from,
+            "data_fingerprint": self.data.fingerprint,
+        }
+
+    def _first_bundle(self) -> Bundle:
+        """The checkpoint before any stage: a tokenizer, and what --init-from brings along."""
+        metadata = {"data_fingerprint": self.data.fingerprint, "metrics": {}}
+        captions = [caption for index in self.data.train for caption in self.data.captions[index]]
+        if self._initial is not None:
+            bundle = replace(self._initial, recipe=self.recipe, metadata=metadata)
+        else:
+            config = self.recipe.text
+            if not captions:
+                raise ValueError(f"{self.data_spec} has no captions in its training split: there is no text to learn")
+            tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
+            stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))
+            bundle = Bundle(recipe=self.recipe, tokenizer=tokenizer, stream=stream, metadata=metadata)
+        num_cut = bundle.tokenizer.num_cut(captions, bundle.stream.text_length)
+        self.data.report["text"] = {
+            "vocab_size": bundle.tokenizer.vocab_size,
+            "text_length": bundle.stream.text_length,
+            "num_captions": len(captions),
+            "num_captions_cut": num_cut,
+        }
+        if num_cut:
+            logger.info("%d of %d captions are cut to %d slots", num_cut, len(captions), bundle.stream.text_length)
+        return bundle
+
+    def task(self, stage: Stage) -> Task:
+        """A stage's task, with what it needs of the stages before. Raises ValueError where that is missing."""
+        bundle, recipe = self.bundle, self.recipe
+        if stage == "vae":
+            return VAETask(self._model(bundle.vae, lambda: build_vae(recipe), stage), self.data, recipe)
+        if stage == "clip":
+            decoder = None
+            if recipe.clip.reconstructed_share > 0:
+                if bundle.vae is not None:
+                    decoder = (bundle.vae, self.cache())
+                else:
+                    logger.warning("no VAE yet: clip.reconstructed_share has no effect, clip sees pictures only")
+            clip = self._model(bundle.clip, lambda: build_clip(recipe, bundle.stream), stage)
+            return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
+        if bundle.vae is None:
+            raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
+        dalle = self._model(bundle.dalle, lambda: build_dalle(recipe, bundle.stream), stage)
+        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae)
+
+    def _model(self, model: M | None, build: Callable[[], M], stage: Stage) -> M:
+        """The weights to start from: those of the checkpoint, else fresh ones drawn with the recipe's seed."""
+        if model is not None:
+            return model
+        torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
+        return build()
+
+    def cache(self) -> TokenCache:
+        """The id cache of the VAE as it is now, encoded if it isn't there yet."""
+        vae, accelerator = self.bundle.vae, self.accelerator
+        assert vae is not None
+        vae.to(accelerator.device).eval()
+        folder, views = self.out / "cache", self.recipe.data.views
+        fingerprint = cache_fingerprint(vae, self.data.fingerprint, views)
+        cache = TokenCache.open(folder, fingerprint)
+        accelerator.wait_for_everyone()
+        if cache is not None:
+            return cache
+        dtype = autocast_dtype(self.recipe.train.vae.precision, accelerator.device)
+        with counting("encoding pictures", self.is_main) as progress:
+            return TokenCache.build(
+                folder,
+                vae,
+                self.data.pictures,
+                views,
+                fingerprint,
+                autocast=lambda: autocast(accelerator.device, dtype),
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                barrier=accelerator.wait_for_everyone,
+                progress=progress,
+            )
+
+    def train_stage(self, stage: Stage, task: Task, allotted_sec: float | None) -> bool:
+        """Trains a stage and puts it into the checkpoint; False when a signal stopped it."""
+        state = self.states[stage]
+        trainer = StageTrainer(
+            task,
+            getattr(self.recipe.train, stage),
+            accelerator=self.accelerator,
+            seed=self.recipe.seed,
+            state=state,
+            log=self.log,
+            samples=self.out / "samples",
+            allotted_sec=allotted_sec,
+            stop=StopSignal(),
+        )
+        num_parameters = sum(p.numel() for p in task.model.parameters())
+        logger.info("%s: %s parameters", stage, f"{num_parameters:,}")
+        if state.started:
+            trainer.load_state_dict(state.load())
+            logger.info("%s goes on after step %d", stage, trainer.step)
+        else:
+            self.log.rewind(stage, -1)
+        if not trainer.run():
+            logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
+            return False
+        self._keep(stage, task.model, trainer.summary)
+        return True
+
+    def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any]) -> None:
+        """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
+        metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
+        metadata = {**self.bundle.metadata, "metrics": metrics}
+        models: dict[str, Any] = {stage: model}
+        self.bundle = replace(self.bundle, **models, metadata=metadata)
+        if self.is_main:
+            save_bundle(self.bundle, self.out / "checkpoint")
+            self.states[stage].finish(summary)
+        self.accelerator.wait_for_everyone()
