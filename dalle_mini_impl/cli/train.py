@@ -30,7 +30,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run, for example runs/mine.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="Recipe, configs/NAME.toml. Default: that of --init-from, else the built-in one."),
+        typer.Option(help="Recipe, configs/NAME.toml; default: that of --init-from, else built in."),
     ] = None,
     stage: Annotated[StageName | None, typer.Option(help="Train this stage only.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
@@ -45,14 +45,12 @@ def train(
     ] = None,
 ) -> None:
     """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated."""
-    from accelerate import Accelerator
-
-    from dalle_mini_impl.training.run import ORDER
+    from dalle_mini_impl.training.run import ORDER, make_accelerator
     from dalle_mini_impl.training.run import train as run_training
 
     budget_sec = parse_duration(budget) if budget is not None else None
     recipe = _recipe(config, init_from, set_ or [])
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     _set_up_logging(accelerator.is_main_process)
     stages: tuple[Stage, ...] = ORDER if stage is None else (_as_stage(stage),)
     try:

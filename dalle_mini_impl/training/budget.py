@@ -94,13 +94,19 @@ class Plan:
     step_sec: float | None = None
     evaluation_sec: float | None = None
     refined: bool = False
+    last_evaluation: int = 0
 
     def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation follows once `step` steps are done: evenly spread, the last at the end."""
-        if self.total_steps is None or step == 0:
+        """Whether an evaluation follows once `step` steps are done: evenly spread, the last at the end.
+
+        One that would come right after another (the trial, or where the plan was put right) is left out.
+        """
+        total = self.total_steps
+        if total is None or step == 0:
             return False
-        done, before = (n * self.num_evaluations // self.total_steps for n in (step, step - 1))
-        return done > before
+        done, before = (n * self.num_evaluations // total for n in (step, step - 1))
+        soon = 2 * self.num_evaluations * (step - self.last_evaluation) < total
+        return done > before and (not soon or step == total)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the resumable state."""

@@ -389,6 +389,7 @@ class StageTrainer:
     def _evaluate(self, reporter: Reporter) -> float:
         """Evaluates the averaged weights, keeps them if they are the best, saves; returns the seconds it took."""
         start = time.monotonic()
+        self.plan.last_evaluation = self.step
         context = EvaluationContext(self.accelerator, self.samples, self.step, self.dtype)
         with self.ema.swapped_in(self.task.model) as model, torch.no_grad():
             values = self.task.evaluate(model, context)

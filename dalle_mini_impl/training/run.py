@@ -70,16 +70,21 @@ def train(
     Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
     budget = Budget(budget_sec, already_sec=already_sec)
-    run = Run(recipe, data_spec, Path(out), accelerator or Accelerator(), init_from)
+    run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from)
     todo = run.unfinished(stages, resume)
     run.prepare()
-    shares = {stage: getattr(run.recipe.train, stage).budget_share for stage in ORDER}
+    shares: dict[str, float] = {stage: getattr(run.recipe.train, stage).budget_share for stage in ORDER}
     for index, stage in enumerate(todo):
         task = run.task(stage)
         allotted_sec = budget.for_stage(stage, todo[index:], shares)
         if not run.train_stage(stage, task, allotted_sec):
             return False
     return True
+
+
+def make_accelerator() -> Accelerator:
+    """The launcher's devices and processes; Accelerate has to be told of CPUs, or processes on them stay strangers."""
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 class Run:

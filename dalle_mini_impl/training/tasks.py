@@ -42,7 +42,7 @@ class VAETask(_Task):
     score = "psnr"
 
     def __init__(self, model: DiscreteVAE, data: PreparedData, recipe: Recipe) -> None:
-        self.model = model
+        self.model: nn.Module = model
         self.data = data
         self.seed = recipe.seed
         self.num_items = len(data.train)
@@ -94,7 +94,7 @@ class CLIPTask(_Task):
         accelerator: Accelerator,
         decoder: tuple[DiscreteVAE, TokenCache] | None,
     ) -> None:
-        self.model = model
+        self.model: nn.Module = model
         self.accelerator = accelerator
         self.data, self.seed, self.tokenizer = data, recipe.seed, tokenizer
         self.bpe_dropout = recipe.text.bpe_dropout
@@ -143,9 +143,10 @@ class CLIPTask(_Task):
             return micro_batches
         clip = cast(CLIP, model)
         with torch.no_grad():
-            vectors = [clip(self._images(batch), batch["text"]) for batch in micro_batches]
+            vectors: list[tuple[Tensor, Tensor]] = [clip(self._images(b), b["text"]) for b in micro_batches]
         sizes = [len(batch["keys"]) for batch in micro_batches]
-        own = [torch.cat(part) for part in (*zip(*vectors, strict=True), [b["keys"] for b in micro_batches])]
+        own = [torch.cat([pair[side] for pair in vectors]) for side in (0, 1)]
+        own.append(torch.cat([batch["keys"] for batch in micro_batches]))
         images, texts, keys = (self.accelerator.gather(part) if world > 1 else part for part in own)
         self._scale = [p for p in (clip.logit_scale, clip.logit_bias) if p is not None]
         inputs = [images.requires_grad_(), texts.requires_grad_(), *self._scale]
@@ -157,7 +158,7 @@ class CLIPTask(_Task):
         self._global = {"loss": loss.detach(), "batch_recall": found, "logit_scale": clip.logit_scale.detach().exp()[0]}
         start = self.accelerator.process_index * sum(sizes)
         rows = slice(start, start + sum(sizes))
-        grads = zip(image_grad[rows].split(sizes), text_grad[rows].split(sizes), strict=True)
+        grads = zip(torch.split(image_grad[rows], sizes), torch.split(text_grad[rows], sizes), strict=True)
         return [b | {"image_grad": i, "text_grad": t} for b, (i, t) in zip(micro_batches, grads, strict=True)]
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
@@ -207,7 +208,7 @@ class DALLETask(_Task):
         cache: TokenCache,
         vae: DiscreteVAE,
     ) -> None:
-        self.model = model
+        self.model: nn.Module = model
         self.data, self.recipe, self.tokenizer, self.cache, self.vae = data, recipe, tokenizer, cache, vae
         self.stream: Stream = model.stream
         self.num_items = len(data.train)
