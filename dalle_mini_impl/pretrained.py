@@ -205,11 +205,8 @@ def _models(bundle: Bundle) -> dict[str, nn.Module | None]:
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:
-    """What config.json says; later keys are facts of the bundle and override metadata of the same name."""
-    return {
-        "data_fingerprint": None,
-        "metrics": {},
-        **bundle.metadata,
+    """What config.json says: facts of the bundle, then its metadata where it doesn't speak of the same."""
+    facts = {
         "format": FORMAT,
         "package_version": __version__,
         "text_length": bundle.stream.text_length,
@@ -217,6 +214,8 @@ def _config(bundle: Bundle) -> dict[str, Any]:
         "tokenizer_fingerprint": bundle.tokenizer.fingerprint,
         "recipe": bundle.recipe.model_dump(mode="json"),
     }
+    metadata = {"data_fingerprint": None, "metrics": {}, **bundle.metadata}
+    return facts | {key: metadata[key] for key in sorted(metadata) if key not in facts}
 
 
 def _stored_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

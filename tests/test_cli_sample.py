@@ -1,0 +1,199 @@
+"""Faults of the commands that are forbidden here: other pictures on more processes, tracebacks for typing errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny import tiny_checkpoint
+
+from dalle_mini_impl.cli.app import VERBS, main
+from dalle_mini_impl.sheet import read_metadata
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a red circle", "two/../small \N{SNOWMAN} stars"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), "data.image_size=32")
+
+
+def _run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+def _results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def drawn(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one process for both prompts."""
+    out = tmp_path_factory.mktemp("drawn")
+    file = out / "prompts.txt"
+    file.write_text(f"\ufeff{PROMPTS[0]}\n\n  {PROMPTS[1]}\r\n", encoding="utf-8")
+    options = ("--prompts", file, "--candidates", 6, "--keep", 2, "--seed", 5, "--top-p", 0.9, "--top-k", 30)
+    assert _run("sample", "--checkpoint", checkpoint, "--out", out, *options) == 0
+    return out
+
+
+def test_every_kept_picture_is_a_png_with_its_settings(drawn: Path) -> None:
+    results = _results(drawn)
+    assert [(line["prompt"], line["rank"]) for line in results] == [(p, rank) for p in PROMPTS for rank in (1, 2)]
+    for line in results:
+        assert set(line) == {"prompt", "rank", "candidate", "seed", "file", "clip_score", "log_ratio"}
+        assert Path(line["file"]).name == line["file"]
+        metadata = read_metadata(drawn / line["file"])
+        assert line.items() <= metadata.items()
+        assert metadata["settings"]["top_k"] == 30 and metadata["settings"]["top_p"] == 0.9
+        assert len(metadata["checkpoint_hash"]) == 12 and len(metadata["tokens"]) == 64
+    assert len(list(drawn.glob("*.png"))) == 5, "four pictures and the sheet"
+    with Image.open(drawn / "sheet.png") as sheet:
+        assert sheet.width > 2 * 128
+
+
+def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_path: Path) -> None:
+    launch = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    options = ["--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--out", tmp_path]
+    options += ["--candidates", 6, "--keep", 2, "--seed", 5, "--top-p", 0.9, "--top-k", 30]
+    done = subprocess.run(
+        [sys.executable, *launch.split(), "--cpu", "--main_process_port", "0", "sample.py", *map(str, options)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pictures per second") == 1, "every process reported"
+    expected, found = _results(drawn), _results(tmp_path)
+    for theirs, ours in zip(expected, found, strict=True):
+        assert {**theirs, "clip_score": 0, "log_ratio": 0} == {**ours, "clip_score": 0, "log_ratio": 0}
+        assert ours["clip_score"] == pytest.approx(theirs["clip_score"], abs=1e-5)
+        tokens = [read_metadata(folder / theirs["file"])["tokens"] for folder in (drawn, tmp_path)]
+        assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is no prompt"),
+        (["--prompt", "   "], "there is no prompt"),
+        (["--prompts", "nowhere.txt"], "can't be read from nowhere.txt"),
+        (["--prompt", "x", "--keep", "20"], "keep is 20, but of 16 candidates"),
+        (["--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
+        (["--prompt", "x", "--checkpoint", "nothing-here"], "no checkpoint 'nothing-here'"),
+    ],
+)
+def test_a_bad_option_is_one_clear_line(
+    checkpoint: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert _run("sample", "--checkpoint", checkpoint, "--out", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_type_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("sample", "--prompt", "x", "--checkpoint", checkpoint, "--top-k", "0.5") == 2
+    assert "--top-k" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--prompt", "red circle " * 100, "--candidates", 1, "--out", tmp_path)
+    assert _run("sample", "--checkpoint", checkpoint, *options) == 0
+    assert "1 of 1 prompts are cut to the 16 tokens" in capsys.readouterr().err
+
+
+def test_help_doesnt_load_torch() -> None:
+    code = "import sys; from dalle_mini_impl.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    check = "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code + check], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_rerank_orders_a_folder(
+    checkpoint: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    (pictures / "sub").mkdir(parents=True)
+    Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(pictures / "clear.png")
+    Image.new("L", (7, 9)).save(pictures / "sub" / "small.bmp")
+    (pictures / "broken.jpg").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    assert _run("rerank", pictures, "--prompt", PROMPTS[0], "--checkpoint", checkpoint, "--out", out) == 0
+    captured = capsys.readouterr()
+    assert "left out" in captured.err and "broken.jpg" in captured.err
+    ranking = [json.loads(line) for line in (out / "ranking.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["rank"] for line in ranking] == [1, 2]
+    assert ranking[0]["clip_score"] >= ranking[1]["clip_score"]
+    assert (out / "sheet.png").is_file()
+
+
+def test_the_curve_is_judged_by_somebody_else(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    judge = tiny_checkpoint(tmp_path / "judge", "data.image_size=32", seed=1)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\n", encoding="utf-8")
+    options = (
+        "--curve",
+        "--checkpoint",
+        checkpoint,
+        "--prompts-from",
+        file,
+        "--candidates",
+        4,
+        "--out",
+        tmp_path / "out",
+    )
+    assert _run("rerank", *options, "--judge", checkpoint) == 2
+    assert "is the ranker itself" in capsys.readouterr().err
+    assert _run("rerank", *options, "--judge", judge) == 0
+    facts = json.loads((tmp_path / "out" / "curve.json").read_text(encoding="utf-8"))
+    assert set(facts["curves"]) == {"clip", "log_ratio", "oracle"}
+    assert [point["size"] for point in facts["curves"]["clip"]] == [1, 2, 4]
+    means = [point["mean"] for point in facts["curves"]["oracle"]]
+    assert means == sorted(means)
+    with Image.open(tmp_path / "out" / "curve.png") as plot:
+        assert plot.width > 400
+
+
+def test_the_curve_of_shapes_is_judged_by_the_checker(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    options = ("--curve", "--checkpoint", checkpoint, "--num-prompts", 2, "--candidates", 2, "--out", tmp_path)
+    assert _run("rerank", *options) == 0
+    facts = json.loads((tmp_path / "curve.json").read_text(encoding="utf-8"))
+    assert facts["judge"].startswith("the checker of shapes")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give a folder of pictures"),
+        (["nowhere", "--prompt", "x"], "nowhere is no folder"),
+        (["nowhere", "--prompt", "x", "--judge", "y", "--seed", "3"], "--judge, --seed belong to --curve"),
+        (["nowhere", "--curve"], "--curve draws its own pictures"),
+        (["--curve", "--judge", "x"], "judged by their checker"),
+        (["--curve", "--prompts-from", "x.txt"], "need --judge"),
+    ],
+)
+def test_rerank_explains_what_it_cant_do(
+    checkpoint: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("rerank", "--checkpoint", checkpoint, *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

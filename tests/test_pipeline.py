@@ -1,0 +1,90 @@
+"""Faults of the pipeline that are forbidden here: pictures that depend on company, options that do nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
+
+from dalle_mini_impl.pipeline import TextToImage, rank
+from dalle_mini_impl.pretrained import checkpoint_hash
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def model() -> TextToImage:
+    return TextToImage(tiny_bundle())
+
+
+def test_a_call_returns_the_best_ranked_by_clip(model: TextToImage) -> None:
+    everything = model(PROMPT, candidates=8, keep=8, seed=3)
+    assert [picture.rank for picture in everything] == list(range(1, 9))
+    assert {picture.candidate for picture in everything} == set(range(8))
+    scores = [picture.clip_score for picture in everything]
+    assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
+    kept = model(PROMPT, candidates=8, keep=3, seed=3)
+    assert [picture.candidate for picture in kept] == [picture.candidate for picture in everything[:3]]
+    best = kept[0]
+    assert best.image.size == (16, 16) and best.prompt == PROMPT and best.seed == 3
+    assert best.tokens.shape == (16,) and best.tokens.dtype == torch.long
+    assert model.ranked_by == "clip_score"
+
+
+def test_many_prompts_give_what_each_gives_alone(model: TextToImage) -> None:
+    together = model.draw(TINY_CAPTIONS, candidates=3, keep=2, seed=1, batch_size=4)
+    for prompt, pictures in zip(TINY_CAPTIONS, together, strict=True):
+        alone = model(prompt, candidates=3, keep=2, seed=1)
+        assert [picture.candidate for picture in pictures] == [picture.candidate for picture in alone]
+        for ours, theirs in zip(pictures, alone, strict=True):
+            assert torch.equal(ours.tokens, theirs.tokens)
+            assert ours.clip_score == pytest.approx(theirs.clip_score, abs=1e-5)
+
+
+def test_without_clip_the_likelihood_ratio_ranks() -> None:
+    model = TextToImage(dataclasses.replace(tiny_bundle(), clip=None))
+    assert model.ranked_by == "log_ratio"
+    pictures = model(PROMPT, candidates=6)
+    assert len(pictures) == 4
+    ratios = [picture.log_ratio for picture in pictures]
+    assert ratios == sorted(ratios, reverse=True)
+    assert {picture.clip_score for picture in pictures} == {None}
+
+
+def test_equal_scores_dont_depend_on_the_order(model: TextToImage) -> None:
+    pictures = [dataclasses.replace(picture, clip_score=0.5) for picture in model(PROMPT, candidates=5, keep=5)]
+    assert [picture.candidate for picture in rank(pictures[::-1], 3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change", [{"guidance": 1.0}, {"temperature": 0.3}, {"top_k": 1}, {"top_p": 0.2}], ids=str)
+def test_every_sampler_option_does_something(model: TextToImage, change: dict[str, float]) -> None:
+    plain = model(PROMPT, candidates=4, keep=4)
+    changed = model(PROMPT, candidates=4, keep=4, **change)  # type: ignore[arg-type]
+    tokens = [{picture.candidate: picture.tokens.tolist() for picture in pictures} for pictures in (plain, changed)]
+    assert tokens[0] != tokens[1]
+
+
+def test_bad_options_name_value_and_limit(model: TextToImage) -> None:
+    with pytest.raises(ValueError, match=r"top_p is 1\.5: .*less than or equal to 1"):
+        model(PROMPT, top_p=1.5)
+    with pytest.raises(ValueError, match="keep is 9, but of 8 candidates 1 to 8"):
+        model(PROMPT, candidates=8, keep=9)
+    with pytest.raises(ValueError, match="candidates is 0"):
+        model(PROMPT, candidates=0)
+
+
+def test_a_checkpoint_without_its_models_is_refused() -> None:
+    with pytest.raises(ValueError, match="'tiny' has no vae and dalle"):
+        TextToImage(dataclasses.replace(tiny_bundle(), vae=None, dalle=None))
+
+
+def test_from_pretrained_and_back(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    model = TextToImage.from_pretrained(folder)
+    assert checkpoint_hash(model.save_pretrained(tmp_path / "again")) == checkpoint_hash(folder)
+    seen: list[tuple[int, int]] = []
+    model(PROMPT, candidates=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (32, 32)
