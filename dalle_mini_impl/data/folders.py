@@ -10,7 +10,7 @@ from pathlib import Path
 from dalle_mini_impl.config import DataConfig
 from dalle_mini_impl.data.columns import caption_lines, class_caption, split_of
 from dalle_mini_impl.data.pictures import EXTENSIONS
-from dalle_mini_impl.data.records import Record, Split
+from dalle_mini_impl.data.records import Record, Split, broken
 from dalle_mini_impl.data.rows import RowSource, path_record
 from dalle_mini_impl.data.tables import table_part
 
@@ -88,12 +88,14 @@ class PictureFolder:
 
     def __iter__(self) -> Iterator[Record]:
         for path in self._pictures:
-            yield Record(
-                name=(name := path.relative_to(self.root).as_posix()),
-                load=path_record(name, path, (), None, self.config).load,
-                captions=self._captions(path),
-                split=self._splits.split(path),
-            )
+            name = path.relative_to(self.root).as_posix()
+            try:
+                captions = self._captions(path)
+            except OSError as error:
+                yield broken(name, f"its captions: {error}")
+                continue
+            load = path_record(name, path, (), None, self.config).load
+            yield Record(name, load, captions, self._splits.split(path))
 
     def _captions(self, path: Path) -> tuple[str, ...]:
         if self.kind == "class folders":

@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return _deep_to_grey(image).convert("RGB")
     if image.has_transparency_data:
-        layers = image.convert("RGBA")
+        layers = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layers).convert("RGB")
     return image.convert("RGB")

@@ -165,13 +165,12 @@ def _fill(
         out.seek(0)
         assert _write_header(out, (tally.kept, size, size, 3)) == header
     splits, splits_from = assign_splits(tally.stated, tally.digests, config.validation_fraction)
-    fingerprint = hashlib.sha256(request["config"]["fit"].encode())
+    fingerprint = hashlib.sha256(f"{size} {config.fit}".encode())
     with open(folder / _CAPTIONS, "w", encoding="utf-8") as lines:
         for name, captions, split, digest in zip(tally.names, tally.captions, splits, tally.digests, strict=True):
             line = json.dumps({"name": name, "captions": captions, "split": split})
             lines.write(line + "\n")
             fingerprint.update(digest + line.encode())
-    fingerprint.update(f"{size} {config.fit}".encode())
     report = tally.report(splits, splits_from, config, fingerprint=fingerprint.hexdigest())
     report = {"source": spec, "kind": source.kind, "describe": source.describe, **report}
     index = {

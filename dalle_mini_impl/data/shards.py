@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,6 +64,10 @@ class ShardSource:
     def _read_all(self, shard: str) -> Iterator[Record]:
         try:
             yield from unbroken(self._read(shard), shard)
+            if _cut_short(shard):
+                yield broken(
+                    f"{shard}: everything after its last record", "the archive has no end mark: it is cut short"
+                )
         except Exception as error:  # tarfile's, fsspec's, the network's: the next shard may be whole
             yield broken(shard, f"{type(error).__name__}: {error}")
 
@@ -72,6 +77,15 @@ class ShardSource:
             name = f"{shard.rsplit('/', 1)[-1]}/{sample['__key__']}"
             cells = [value for field, value in sample.items() if _is_picture(field) and value is not None]
             yield Record(name, _loader(cells, self.config), _captions(sample), split)
+
+
+def _cut_short(shard: str) -> bool:
+    """Whether a local tar lacks the two zero blocks at its end; its reader takes a cut between two files for the end."""
+    if "://" in shard or not shard.lower().endswith(".tar"):
+        return False
+    with open(shard, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * tarfile.BLOCKSIZE))
+        return any(file.read())
 
 
 def _shard_split(shard: str) -> Split | None:

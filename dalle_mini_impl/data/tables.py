@@ -161,7 +161,7 @@ class CocoSource:
             yield from self._read(path)
 
     def _read(self, path: Path) -> Iterator[Record]:
-        split = split_in(path.name) if len(self.files) > 1 or split_in(path.name) != "train" else None
+        split = split_in(path.name)
         folders = _coco_folders(path)
         captions: dict[str, list[str]] = {}
         for row in load_rows("json", [str(path)], field="annotations"):

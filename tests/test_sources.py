@@ -1,0 +1,398 @@
+"""Each form of captioned pictures is recognised, and its captions, pixels and splits come out as they went in."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pictures_on_disk import colour_of, encoded, picture, put
+
+from dalle_mini_impl.config import DataConfig
+from dalle_mini_impl.data.made import parse_arguments
+from dalle_mini_impl.data.pictures import PictureError, to_rgb
+from dalle_mini_impl.data.sources import open_source
+
+CONFIG = DataConfig(image_size=16)
+
+
+def read(spec: str | Path, config: DataConfig = CONFIG) -> dict[str, tuple[Any, ...]]:
+    """Name -> (colour or reason, captions, split) of every record."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for record in open_source(str(spec), config):
+        assert record.name not in found, f"two records are called {record.name}"
+        try:
+            seen: str = colour_of(to_rgb(record.load()))
+        except PictureError as error:
+            seen = error.reason
+        found[record.name] = (seen, record.captions, record.split)
+    return found
+
+
+def kind(spec: str | Path) -> str:
+    return open_source(str(spec), CONFIG).kind
+
+
+def embedded(colour: str) -> dict[str, Any]:
+    return {"bytes": encoded(picture(colour)), "path": None}
+
+
+def tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+# --- folders
+
+
+def test_text_beside_picture_gives_a_caption_a_line_and_equal_stems_dont_clash(tmp_path: Path) -> None:
+    put(tmp_path / "one" / "x.png", "red")
+    put(tmp_path / "two" / "x.png", "blue")
+    put(tmp_path / "two" / "bare.png", "green")
+    put(tmp_path / ".hidden" / "y.png", "green")
+    put(tmp_path / "._x.png", "green")
+    write_lines(tmp_path / "one" / "x.txt", "a red square", "", "  something red ")
+    (tmp_path / "two" / "x.txt").write_text("\ufeffein blaues Viereck", encoding="utf-8")
+    assert kind(tmp_path) == "pictures with .txt captions"
+    assert read(tmp_path) == {
+        "one/x.png": ("red", ("a red square", "something red"), None),
+        "two/bare.png": ("green", (), None),
+        "two/x.png": ("blue", ("ein blaues Viereck",), None),
+    }
+
+
+def test_split_folders_are_honoured_but_a_class_called_train_is_no_split(tmp_path: Path) -> None:
+    for split, colour in (("train", "red"), ("val", "green"), ("test", "blue")):
+        put(tmp_path / "split" / split / "x.png", colour)
+        write_lines(tmp_path / "split" / split / "x.txt", colour)
+    assert read(tmp_path / "split") == {
+        "test/x.png": ("blue", ("blue",), "test"),
+        "train/x.png": ("red", ("red",), "train"),
+        "val/x.png": ("green", ("green",), "validation"),
+    }
+    put(tmp_path / "vehicles" / "train" / "1.png", "red")
+    put(tmp_path / "vehicles" / "sports_car" / "1.png", "blue")
+    assert read(tmp_path / "vehicles") == {
+        "sports_car/1.png": ("blue", ("sports car",), None),
+        "train/1.png": ("red", ("train",), None),
+    }
+
+
+def test_class_folders_below_split_folders(tmp_path: Path) -> None:
+    put(tmp_path / "train" / "red-apple" / "1.png", "red")
+    put(tmp_path / "dev" / "green_pear" / "1.png", "green")
+    assert kind(tmp_path) == "class folders"
+    assert read(tmp_path) == {
+        "dev/green_pear/1.png": ("green", ("green pear",), "validation"),
+        "train/red-apple/1.png": ("red", ("red apple",), "train"),
+    }
+
+
+def test_pictures_alone_are_uncaptioned(tmp_path: Path) -> None:
+    put(tmp_path / "test_of_red.png", "red")
+    assert kind(tmp_path) == "pictures without captions"
+    assert read(tmp_path) == {"test_of_red.png": ("red", (), None)}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_imagefolder_metadata(tmp_path: Path, form: str) -> None:
+    put(tmp_path / "train" / "a.png", "red")
+    put(tmp_path / "train" / "unlisted.png", "blue")
+    put(tmp_path / "validation" / "b.png", "green")
+    for split, rows in (
+        ("train", [{"file_name": "a.png", "text": "null"}, {"file_name": "gone.png", "text": "gone"}]),
+        ("validation", [{"file_name": "b.png", "text": "green"}]),
+    ):
+        path = tmp_path / split / f"metadata.{form}"
+        if form == "csv":
+            write_lines(path, "file_name,text", *(f"{row['file_name']},{row['text']}" for row in rows))
+        elif form == "jsonl":
+            write_lines(path, *(json.dumps(row) for row in rows))
+        else:
+            from datasets import Dataset
+
+            Dataset.from_list(rows).to_parquet(path)
+    assert kind(tmp_path) == "imagefolder with metadata"
+    assert read(tmp_path) == {
+        "train/a.png": ("red", ("null",), "train"),
+        "train/gone.png": ("unreadable", ("gone",), "train"),
+        "validation/b.png": ("green", ("green",), "validation"),
+        "train/unlisted.png": ("blue", (), "train"),
+    }
+
+
+# --- tables
+
+
+def test_csv_keeps_every_cell_as_text_and_joins_rows_of_one_picture(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.png", "red")
+    put(tmp_path / "b.png", "blue")
+    path = write_lines(
+        tmp_path / "set.csv",
+        "image,caption,split",
+        'a.png,"red, and square",train',
+        "b.png,NA,val",
+        "a.png,007,train",
+        "c.png,,test",
+    )
+    expected = {
+        "a.png": ("red", ("red, and square", "007"), "train"),
+        "b.png": ("blue", ("NA",), "validation"),
+        "c.png": ("unreadable", ("",), "test"),
+    }
+    assert kind(path) == "CSV"
+    assert read(path) == expected
+    assert read(tmp_path) == expected, "the folder of the table is the same source"
+
+
+def test_tsv_with_several_caption_columns(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    path = write_lines(tmp_path / "set.tsv", "id\tfile_name\tcaption_1\tcaption_2", "7\ta.png\tred\ta square, red")
+    assert kind(path) == "TSV"
+    assert read(path) == {"a.png": ("red", ("red", "a square, red"), None)}
+
+
+def test_csv_without_header_or_with_semicolons_or_as_flickr8k(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    expected = {"a.png": ("red", ("red, isn't it",), None)}
+    assert read(write_lines(tmp_path / "1.csv", 'a.png,"red, isn\'t it"')) == expected
+    assert read(write_lines(tmp_path / "2.csv", "image;caption", "a.png;red, isn't it")) == expected
+    flickr = tmp_path / "flickr"
+    put(flickr / "Images" / "a.png", "red")
+    write_lines(flickr / "captions.txt", "image,caption", "a.png,one", "a.png,two")
+    assert read(flickr) == {"a.png": ("red", ("one", "two"), None)}
+
+
+def test_columns_of_unknown_names_are_asked_for_and_then_used(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    path = write_lines(tmp_path / "set.csv", "where,who,what", "a.png,me,red thing")
+    with pytest.raises(ValueError, match=r"'who', 'what'.*data\.caption_column=NAME"):
+        read(path)
+    config = CONFIG.model_copy(update={"caption_column": "what"})
+    assert read(path, config) == {"a.png": ("red", ("red thing",), None)}
+    with pytest.raises(ValueError, match=r"data\.caption_column is 'whet'.*did you mean 'what'"):
+        read(path, CONFIG.model_copy(update={"caption_column": "whet"}))
+    with pytest.raises(ValueError, match=r"data\.image_column"):
+        read(write_lines(tmp_path / "none.csv", "a,b", "1,2"))
+
+
+def test_jsonl_with_one_or_several_or_no_captions(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
+        put(tmp_path / "pictures" / f"{name}.png", colour)
+    path = write_lines(
+        tmp_path / "set.jsonl",
+        json.dumps({"image": "pictures/a.png", "caption": "red"}),
+        json.dumps({"image": "pictures/b.png", "caption": ["blue", "a blue square"]}),
+        json.dumps({"image": "pictures/c.png"}),
+        json.dumps({"image": "http://example.org/d.png", "caption": "elsewhere"}),
+    )
+    assert kind(path) == "JSON lines"
+    assert read(path) == {
+        "pictures/a.png": ("red", ("red",), None),
+        "pictures/b.png": ("blue", ("blue", "a blue square"), None),
+        "pictures/c.png": ("green", (), None),
+        "http://example.org/d.png": ("unreadable", ("elsewhere",), None),
+    }
+
+
+def test_json_list_and_list_inside_an_object(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    rows = [{"filename": "a.png", "sentences": [{"raw": "one"}, {"raw": "two"}], "split": "restval"}]
+    for name, tree in (("list", rows), ("object", {"dataset": "mine", "images": rows})):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(tree))
+        assert read(path) == {"a.png": ("red", ("one", "two"), "train")}
+
+
+def test_tables_of_several_splits_in_a_folder(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    put(tmp_path / "b.png", "blue")
+    write_lines(tmp_path / "train.csv", "image,caption", "a.png,red")
+    write_lines(tmp_path / "val.csv", "image,caption", "b.png,blue")
+    assert read(tmp_path) == {"a.png": ("red", ("red",), "train"), "b.png": ("blue", ("blue",), "validation")}
+    write_lines(tmp_path / "more.csv", "image,caption", "b.png,blue")
+    with pytest.raises(ValueError, match=r"several tables.*more\.csv"):
+        read(tmp_path)
+
+
+def test_coco_captions_find_their_pictures_and_splits(tmp_path: Path) -> None:
+    for year, colour in (("train2017", "red"), ("val2017", "blue")):
+        put(tmp_path / year / "000001.png", colour)
+        put(tmp_path / year / "000002.png", "green")
+        tree = {
+            "info": {"year": 2017},
+            "images": [{"id": 1, "file_name": "000001.png"}, {"id": 2, "file_name": "000002.png"}],
+            "annotations": [{"id": 9, "image_id": 1, "caption": f"{colour} {n}"} for n in (1, 2)],
+        }
+        path = tmp_path / "annotations" / f"captions_{year}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(tree))
+    assert kind(tmp_path) == kind(path) == "COCO captions"
+    assert read(path) == {
+        "000001.png": ("blue", ("blue 1", "blue 2"), "validation"),
+        "000002.png": ("green", (), "validation"),
+    }
+    both = list(open_source(str(tmp_path), CONFIG))
+    assert [(record.name, record.split) for record in both] == [
+        ("000001.png", "train"),
+        ("000002.png", "train"),
+        ("000001.png", "validation"),
+        ("000002.png", "validation"),
+    ]
+    assert [colour_of(record.load()) for record in both] == ["red", "green", "blue", "green"]
+
+
+def test_parquet_with_bytes_or_with_paths(tmp_path: Path) -> None:
+    from datasets import Dataset, Image
+
+    put(tmp_path / "a.png", "green")
+    rows = Dataset.from_dict({"picture": [embedded("red"), {"bytes": b"no", "path": "x.png"}], "text": ["red", None]})
+    rows.cast_column("picture", Image()).to_parquet(tmp_path / "typed.parquet")
+    assert kind(tmp_path / "typed.parquet") == "parquet"
+    assert read(tmp_path / "typed.parquet") == {
+        "typed.parquet row 0": ("red", ("red",), None),
+        "typed.parquet row 1 (x.png)": ("unreadable", (), None),
+    }
+    plain = Dataset.from_dict({"jpg": [encoded(picture("blue"))], "captions": [["blue", "square"]]})
+    plain.to_parquet(tmp_path / "plain.parquet")
+    assert read(tmp_path / "plain.parquet") == {"plain.parquet row 0": ("blue", ("blue", "square"), None)}
+    Dataset.from_dict({"path": ["a.png"], "caption": ["green"]}).to_parquet(tmp_path / "paths.parquet")
+    assert read(tmp_path / "paths.parquet") == {"a.png": ("green", ("green",), None)}
+
+
+# --- data sets and shards
+
+
+def test_saved_data_set_with_splits_and_class_labels(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["red_thing", "blue_thing"])})
+    parts = {
+        "train": Dataset.from_dict({"image": [embedded("red")], "label": [0]}, features=features),
+        "test": Dataset.from_dict({"image": [embedded("blue")], "label": [1]}, features=features),
+    }
+    DatasetDict(parts).save_to_disk(tmp_path / "both")
+    assert kind(tmp_path / "both") == "Hugging Face data set (save_to_disk)"
+    assert read(tmp_path / "both") == {
+        "train row 0": ("red", ("red thing",), "train"),
+        "test row 0": ("blue", ("blue thing",), "test"),
+    }
+    parts["test"].save_to_disk(tmp_path / "one")
+    assert read(tmp_path / "one") == {"rows row 0": ("blue", ("blue thing",), None)}
+
+
+def test_folder_of_parquet_shards_as_downloaded_from_the_hub(tmp_path: Path) -> None:
+    from datasets import Dataset, Image
+
+    (tmp_path / "data").mkdir()
+    for split, colour in (("train", "red"), ("validation", "green")):
+        rows = Dataset.from_dict({"image": [embedded(colour)], "caption": [colour]}).cast_column("image", Image())
+        rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "README.md").write_text("# my pictures\n")
+    assert kind(tmp_path) == "Hugging Face data set (folder)"
+    assert read(tmp_path) == {
+        "train row 0": ("red", ("red",), "train"),
+        "validation row 0": ("green", ("green",), "validation"),
+    }
+
+
+def test_web_dataset_samples_may_differ_in_their_fields(tmp_path: Path) -> None:
+    tar(
+        tmp_path / "s-000.tar",
+        {
+            "0001.png": encoded(picture("red")),
+            "0001.txt": b"red\na red square",
+            "0001.json": b'{"caption": "unused", "n": 1}',
+            "0002.jpg": encoded(picture("blue"), "JPEG"),
+            "0002.json": b'{"captions": ["blue"], "n": "one"}',
+            "0003.png": encoded(picture("green")),
+            "0004.txt": b"no picture",
+            "0005.PNG": b"broken",
+            "0005.txt": b"broken",
+        },
+    )
+    tar(tmp_path / "s-001.tar", {"0001.png": encoded(picture("grey")), "0001.txt": b"grey"})
+    first = {
+        "s-000.tar/0001": ("red", ("red", "a red square"), None),
+        "s-000.tar/0002": ("blue", ("blue",), None),
+        "s-000.tar/0003": ("green", (), None),
+        "s-000.tar/0004": ("unreadable", ("no picture",), None),
+        "s-000.tar/0005": ("unreadable", ("broken",), None),
+    }
+    second = {"s-001.tar/0001": ("grey", ("grey",), None)}
+    assert kind(tmp_path) == "WebDataset shards"
+    assert read(tmp_path / "s-000.tar") == first
+    for spec in (tmp_path, tmp_path / "s-{000..001}.tar", tmp_path / "s-*.tar"):
+        assert read(spec) == first | second
+    with pytest.raises(ValueError, match=r"no shard .*s-002.tar"):
+        open_source(str(tmp_path / "s-{001..002}.tar"), CONFIG)
+
+
+def test_a_shard_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:
+    for index, colour in enumerate(("red", "green", "blue")):
+        tar(tmp_path / "train" / f"{index}.tar", {f"{n}.png": encoded(picture(colour)) for n in range(3)})
+    broken = tmp_path / "train" / "1.tar"
+    broken.write_bytes(broken.read_bytes()[:1500])
+    (tmp_path / "train" / "0.tar").write_bytes(b"no tar at all")
+    found = read(tmp_path)
+    assert {name: value for name, value in found.items() if name.startswith("2.tar")} == {
+        f"2.tar/{n}": ("blue", (), "train") for n in range(3)
+    }
+    lost = [name for name, value in found.items() if value[0] == "unreadable"]
+    assert any("0.tar" in name for name in lost) and any("1.tar" in name for name in lost)
+
+
+# --- made sources and mistakes
+
+
+class Maker:
+    def __init__(self, count: int = 3, share: float = 0.5, font: Path | None = None, tidy: bool = True) -> None: ...
+
+
+def test_arguments_of_made_sources_are_typed_and_checked() -> None:
+    assert parse_arguments("made", "count=4, share=0.25,font=a/b.ttf,tidy=false", Maker) == {
+        "count": 4,
+        "share": 0.25,
+        "font": Path("a/b.ttf"),
+        "tidy": False,
+    }
+    for text, message in (
+        ("cuont=4", "did you mean 'count'"),
+        ("count=four", "made:count is 'four'.*int"),
+        ("count", "must read key=value"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_arguments("made", text, Maker)
+
+
+def test_shapes_are_opened_at_the_size_of_the_recipe() -> None:
+    source = open_source("shapes:count=3,seed=5", CONFIG.model_copy(update={"image_size": 32}))
+    records = list(source)
+    assert len(records) == 3 and all(record.captions for record in records)
+    assert to_rgb(records[0].load()).size == (32, 32)
+
+
+def test_unknown_sources_say_what_was_found_and_what_is_accepted(tmp_path: Path) -> None:
+    write_lines(tmp_path / "notes.md", "nothing")
+    for spec, message in (
+        (tmp_path, r"found 1 \.md; accepted are"),
+        (tmp_path / "notes.md", r"isn't known \(\.md\); accepted are"),
+        (tmp_path / "missing", "no such file or folder"),
+        ("shape", "did you mean the made source 'shapes'"),
+        ("nobody/has-this-data-set", "hub"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(str(spec), CONFIG)
