@@ -176,6 +176,22 @@ def test_csv_without_header_or_with_semicolons_or_as_flickr8k(tmp_path: Path) ->
     assert read(flickr) == {"a.png": ("red", ("one", "two"), None)}
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_text_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    put(tmp_path / "a.png", "red")
+    (tmp_path / "a.txt").write_text("Käfer\n", encoding=encoding)
+    (tmp_path / "set.csv").write_text("image,caption\na.png,Käfer\n", encoding=encoding)
+    for spec in (tmp_path, tmp_path / "set.csv"):
+        assert read(spec) == {"a.png": ("red", ("Käfer",), None)}
+
+
+def test_unquoted_commas_are_explained(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    path = write_lines(tmp_path / "set.csv", "image,caption", "a.png,red", "a.png,red, square, large")
+    with pytest.raises(ValueError, match=r"can't read set\.csv.*line 3.*needs quotes"):
+        read(path)
+
+
 def test_columns_of_unknown_names_are_asked_for_and_then_used(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "red")
     path = write_lines(tmp_path / "set.csv", "where,who,what", "a.png,me,red thing")

@@ -116,6 +116,17 @@ def caption_lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip()) or ("",)
 
 
+def text_encoding(data: bytes) -> str:
+    """The encoding of a text: UTF-16 where it says so, UTF-8 where it is, else the one of Western Windows."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "cp1252"
+    return "utf-8-sig"
+
+
 def class_caption(name: str) -> str:
     """The caption that a class name makes: ``red_apple`` and ``red-apple`` become "red apple"."""
     return " ".join(name.replace("_", " ").replace("-", " ").split())

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.columns import caption_lines, class_caption, split_of
+from dalle_mini_impl.data.columns import caption_lines, class_caption, split_of, text_encoding
 from dalle_mini_impl.data.pictures import EXTENSIONS
 from dalle_mini_impl.data.records import Record, Split, broken
 from dalle_mini_impl.data.rows import RowSource, path_record
@@ -155,7 +155,6 @@ class MetadataFolder:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, or in UTF-16 where its first bytes say so; what isn't text becomes U+FFFD."""
+    """A text file in whichever encoding it is; bytes that mean nothing in it become U+FFFD."""
     data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    return data.decode(encoding, errors="replace")
+    return data.decode(text_encoding(data), errors="replace")

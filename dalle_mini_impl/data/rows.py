@@ -95,7 +95,8 @@ def _part_records(part: Part, config: DataConfig) -> Iterator[Record]:
         iterator = iter(rows)
         first = next(iterator, None)
     except Exception as error:  # each reader has its own: pyarrow's, pandas', json's …
-        raise ValueError(f"can't read {part.label}: {type(error).__name__}: {error}") from error
+        hint = " (a caption with the delimiter in it needs quotes)" if "tokenizing" in str(error) else ""
+        raise ValueError(f"can't read {part.label}: {type(error).__name__}: {str(error).strip()}{hint}") from error
     if first is None:
         return
     columns = find_columns(first, features, config, part.label)

@@ -80,7 +80,7 @@ class ShardSource:
 
 
 def _cut_short(shard: str) -> bool:
-    """Whether a local tar lacks the two zero blocks at its end; its reader takes a cut between two files for the end."""
+    """Whether a local tar lacks the zero blocks at its end; the reader takes a cut between two files for the end."""
     if "://" in shard or not shard.lower().endswith(".tar"):
         return False
     with open(shard, "rb") as file:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.columns import IMAGE_NAMES, looks_like_picture, split_in
+from dalle_mini_impl.data.columns import IMAGE_NAMES, looks_like_picture, split_in, text_encoding
 from dalle_mini_impl.data.records import Record, Split
 from dalle_mini_impl.data.rows import Part, RowSource, find_picture, load_rows, path_record, picture_folders
 
@@ -67,10 +67,8 @@ class _Sheet:
 
 
 def _sheet(path: Path) -> _Sheet:
-    """Tells delimiter, columns and encoding of a CSV file from its first line."""
-    with open(path, "rb") as file:
-        start = file.read(4)
-    encoding = "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    """Tells delimiter and columns of a CSV file from its first line, and its encoding."""
+    encoding = text_encoding(path.read_bytes())
     with open(path, encoding=encoding, errors="replace", newline="") as lines:
         line = next((line for line in lines if line.strip()), "")
     if not line:
