@@ -14,14 +14,15 @@ from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageStat
 
 from dalle_mini_impl.data.emoji_font import draw_cell, draw_glyph, find_font
 from dalle_mini_impl.data.emoji_names import Glyph, all_glyphs, with_article
 from dalle_mini_impl.data.records import Record, Split
 
 SCENE_EMOJI = (
-    "🐶🐱🐭🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🦆🦅🦉🐺🐴🦄🐝🦋🐌🐞🕷🐢🐍🐙🦀🐡🐠🐬🐳🦈🐊🐘🐪🦒🐄🐎🐖🐑🐕🐈🐓🦜🦔🐁🐒🦓🦖🐉"  # animals
+    "🐶🐱🐭🐰🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧"
+    "🦆🦅🦉🐺🐴🦄🐝🦋🐌🐞🕷🐢🐍🐙🦀🐡🐠🐬🐳🦈🐊🐘🐪🦒🐄🐎🐖🐑🐕🐈🐓🦜🦔🐁🐒🦓🦖🐉"  # animals
     "🌲🌳🌴🌵🌷🌹🌺🌻🌼🍀🍁🍄"  # plants
     "🍎🍏🍐🍊🍋🍌🍉🍇🍓🍒🍑🍍🥥🥝🍅🍆🥑🥕🌽🌶🍞🥐🧀🍔🍟🍕🌭🌮🍿🍦🍩🍪🎂🍰🧁🍫🍭🍯🍺☕🥚🍤"  # food and drink
     "🚗🚕🚙🚌🚑🚒🚜🚲🚂🚀✈🚁⛵🚢🛸🚓"  # vehicles
@@ -49,6 +50,8 @@ UNITS = 16
 FULL = 15.0
 """Size of a glyph alone in its picture, in units; the rest is its margin."""
 HELD_OUT_PERCENT = 4
+DARK = 85
+"""Mean of the brightest channel, of 255, below which a glyph is never drawn on black."""
 
 Side = tuple[int, int]
 PLACES: dict[str, Side] = {
@@ -122,7 +125,7 @@ class EmojiSource:
             raise ValueError(f"emoji need pictures of at least {2 * UNITS} pixels, not {image_size}")
         self.scenes, self.seed, self.image_size, self.repeats = scenes, seed, image_size, repeats
         self.font = find_font(font)
-        drawable = drawable_glyphs(self.font)
+        drawable, self.dark = survey(self.font)
         self.base = [glyph for glyph in drawable if not glyph.toned]
         self.toned = [glyph for glyph in drawable if glyph.toned] if skin_tones and repeats else []
         self.actors = [glyph for glyph in self.base if glyph.sequence.rstrip("\ufe0f") in set(SCENE_EMOJI)]
@@ -144,18 +147,32 @@ class EmojiSource:
             name = "-".join(f"{ord(letter):x}" for letter in glyph.sequence)
             for repeat in range(self.repeats):
                 rng = random.Random(f"emoji/{self.seed}/{glyph.sequence}/{repeat}")
-                scene = single_scene(glyph, repeat, rng)
+                scene = single_scene(glyph, repeat, rng, self._backgrounds(glyph))
                 yield self._record(f"emoji/{name}/{repeat}", scene, single_captions(scene, rng), "train")
         for glyph in self.toned:
             name = "-".join(f"{ord(letter):x}" for letter in glyph.sequence)
             scene = EmojiScene((_centred(glyph, FULL),))
-            captions = (glyph.name, glyph.name.replace(": ", " with ", 1))
-            yield self._record(f"emoji/{name}", scene, captions, "train")
+            phrase = glyph.name.replace(": ", " with ", 1)
+            yield self._record(f"emoji/{name}", scene, (glyph.name, phrase), "train")
         for index in range(self.scenes):
             rng = random.Random(f"emoji/{self.seed}/scene/{index}")
-            scene, captions = composed_scene(self.actors, rng)
+            scene, captions = self.composed(rng)
             split: Split = "validation" if is_held_out(scene) else "train"
             yield self._record(f"emoji/scene/{index:06d}", scene, captions, split)
+
+    def composed(self, rng: random.Random) -> tuple[EmojiScene, tuple[str, ...]]:
+        """A scene of 1 to 3 different emoji in clear places, with 2 or 3 captions."""
+        glyphs = rng.sample(self.actors, rng.choices((1, 2, 3), weights=(2, 6, 2))[0])
+        background = rng.choice(self._backgrounds(*glyphs)) if rng.random() < 0.65 else "white"
+        placed, captions = (_one, _two, _three)[len(glyphs) - 1](glyphs, rng)
+        scene = EmojiScene(placed, background)
+        chosen = rng.sample(captions, min(3, len(captions)))
+        return scene, tuple(dict.fromkeys(_on_background(caption, scene, rng) for caption in chosen))
+
+    def _backgrounds(self, *glyphs: Glyph) -> list[str]:
+        """Those on which all of the glyphs can be seen."""
+        dark = any(glyph.sequence in self.dark for glyph in glyphs)
+        return [name for name in BACKGROUNDS if not (dark and name == "black")]
 
     def _record(self, name: str, scene: EmojiScene, captions: tuple[str, ...], split: Split) -> Record:
         return Record(
@@ -164,9 +181,18 @@ class EmojiSource:
 
 
 @lru_cache(maxsize=2)
-def drawable_glyphs(font: Path) -> tuple[Glyph, ...]:
-    """The emoji that a font can draw, in a fixed order."""
-    return tuple(glyph for glyph in all_glyphs() if draw_cell(font, glyph.sequence) is not None)
+def survey(font: Path) -> tuple[tuple[Glyph, ...], frozenset[str]]:
+    """The emoji that a font can draw, in a fixed order, and the sequences of those too dark for black."""
+    drawable, dark = [], set()
+    for glyph in all_glyphs():
+        cell = draw_cell(font, glyph.sequence)
+        if cell is None:
+            continue
+        drawable.append(glyph)
+        ink = ImageStat.Stat(cell.convert("RGB"), mask=cell.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
+        if ink.count[0] and max(ink.mean) < DARK:
+            dark.add(glyph.sequence)
+    return tuple(drawable), frozenset(dark)
 
 
 def is_held_out(scene: EmojiScene) -> bool:
@@ -180,12 +206,12 @@ def _centred(glyph: Glyph, size: float, dx: float = 0.0, dy: float = 0.0) -> Pla
     return Placed(glyph, (UNITS - size) / 2 + dx, (UNITS - size) / 2 + dy, size)
 
 
-def single_scene(glyph: Glyph, repeat: int, rng: random.Random) -> EmojiScene:
-    """A glyph that fills its picture: 0 plain on white, odd repeats on a colour, even ones 0.85 to 1 as big and moved."""
+def single_scene(glyph: Glyph, repeat: int, rng: random.Random, backgrounds: list[str]) -> EmojiScene:
+    """A glyph that fills its picture: plain on white (0), on a colour (odd repeats) or a little smaller and moved."""
     if repeat == 0:
         return EmojiScene((_centred(glyph, FULL),))
     if repeat % 2 == 1:
-        return EmojiScene((_centred(glyph, FULL),), rng.choice(list(BACKGROUNDS)[1:]))
+        return EmojiScene((_centred(glyph, FULL),), rng.choice([name for name in backgrounds if name != "white"]))
     size = rng.choice((13.0, 14.0))
     room = int(UNITS - size) // 2
     return EmojiScene((_centred(glyph, size, rng.randint(-room, room), rng.randint(-room, room)),))
@@ -198,8 +224,9 @@ def single_captions(scene: EmojiScene, rng: random.Random) -> tuple[str, ...]:
     phrases = [f"{name} emoji", f"a picture of {thing}", f"an emoji of {thing}"]
     if glyph.is_flag:
         phrases = [f"the {name.replace(': ', ' of ')}"]
-    captions = [name, thing, rng.choice(phrases), *rng.sample(glyph.aliases, min(1, len(glyph.aliases)))]
-    return tuple(dict.fromkeys(_on_background(caption, scene, rng) for caption in captions))
+    others = [thing, rng.choice(phrases), *rng.sample(glyph.aliases, min(1, len(glyph.aliases)))]
+    plain = name if scene.background == "white" else _on_background(name, scene, rng)
+    return tuple(dict.fromkeys([plain, *(_on_background(caption, scene, rng) for caption in others)]))
 
 
 def _on_background(caption: str, scene: EmojiScene, rng: random.Random) -> str:
@@ -209,17 +236,6 @@ def _on_background(caption: str, scene: EmojiScene, rng: random.Random) -> str:
         return caption
     light = colour not in ("white", "black") and rng.random() < 0.3
     return f"{caption} on a {'light ' if light else ''}{colour} background"
-
-
-def composed_scene(actors: list[Glyph], rng: random.Random) -> tuple[EmojiScene, tuple[str, ...]]:
-    """A scene of 1 to 3 different emoji in clear places, with 2 or 3 captions."""
-    number = rng.choices((1, 2, 3), weights=(2, 6, 2))[0]
-    glyphs = rng.sample(actors, number)
-    background = rng.choice(list(BACKGROUNDS)) if rng.random() < 0.65 else "white"
-    placed, captions = (_one, _two, _three)[number - 1](glyphs, rng)
-    scene = EmojiScene(placed, background)
-    chosen = rng.sample(captions, min(3, len(captions)))
-    return scene, tuple(dict.fromkeys(_on_background(caption, scene, rng) for caption in chosen))
 
 
 Composition = tuple[tuple[Placed, ...], list[str]]

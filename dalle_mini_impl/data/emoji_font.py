@@ -71,12 +71,18 @@ def draw_cell(path: Path, sequence: str) -> Image.Image | None:
     if not features.check("raqm"):
         sequence = sequence.replace(VARIATION_SELECTOR, "")
     ink = _draw(font, sequence)
-    missing = _draw(font, UNASSIGNED)
-    if ink is None or (missing is not None and ink.size == missing.size and ink.tobytes() == missing.tobytes()):
+    if ink is None or (ink.size, ink.tobytes()) == _missing_sign(path):
         return None
     cell = Image.new("RGBA", (CELL, CELL))
     cell.paste(ink, ((CELL - ink.width) // 2, (CELL - ink.height) // 2))
     return cell
+
+
+@lru_cache(maxsize=2)
+def _missing_sign(path: Path) -> tuple[tuple[int, int], bytes] | None:
+    """Size and pixels of what a font draws for a code point that it hasn't got, if anything."""
+    sign = _draw(_open(path), UNASSIGNED)
+    return None if sign is None else (sign.size, sign.tobytes())
 
 
 def _draw(font: ImageFont.FreeTypeFont, sequence: str) -> Image.Image | None:
