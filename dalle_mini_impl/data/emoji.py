@@ -133,7 +133,8 @@ class EmojiSource:
     @property
     def describe(self) -> str:
         """What the source is, in a line; equal lines mean equal pictures and captions."""
-        digest = hashlib.sha256(self.font.read_bytes()).hexdigest()[:12]
+        names = repr([(glyph.name, glyph.aliases) for glyph in (*self.base, *self.toned)])
+        digest = hashlib.sha256(self.font.read_bytes() + names.encode()).hexdigest()[:12]
         return (
             f"emoji:scenes={self.scenes},seed={self.seed},repeats={self.repeats} at {self.image_size} pixels: "
             f"{len(self.base)} glyphs and {len(self.toned)} with skin tones of {self.font.name} ({digest})"
