@@ -210,6 +210,16 @@ def test_things_of_two_colours_that_touch_stay_two() -> None:
     assert seen == {("red", "square"), ("blue", "square")}
 
 
+@pytest.mark.filterwarnings("error")
+def test_garbage_is_judged_wrong_without_a_word() -> None:
+    rng = np.random.default_rng(0)
+    for contrast in (4, 40, 90, 255):
+        coarse = rng.integers(0, contrast + 1, (16, 16, 3), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+        fine = rng.integers(0, contrast + 1, (64, 64, 3), dtype=np.uint8)
+        for picture in (coarse, fine, 255 - coarse, 255 - fine):
+            assert not check_caption(picture, "a red circle")
+
+
 def test_components_equal_a_slow_flood_fill() -> None:
     rng = np.random.default_rng(0)
     for share in (0.0, 0.2, 0.4, 0.6, 1.0):

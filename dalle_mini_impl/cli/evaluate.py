@@ -122,8 +122,8 @@ def _print_table(reports: dict[Pairs, PairsReport], candidates: int, ranked_by: 
     table = Table("share right", *(f"{pairs} pairs" for pairs in reports), title="Shapes, judged by the checker")
     rows: list[tuple[str, list[Share | None]]] = [("all claims, single sample", [r.single for r in reports.values()])]
     if candidates > 1:
-        rows.append((f"all claims, best of {candidates} by {ranked_by}", [r.best for r in reports.values()]))
-    rows.append(("ceiling: true pictures through the VAE", [r.ceiling for r in reports.values()]))
+        rows.append((f"best of {candidates} by {ranked_by}", [r.best for r in reports.values()]))
+    rows.append(("ceiling: true pictures via the VAE", [r.ceiling for r in reports.values()]))
     for number in sorted({number for report in reports.values() for number in report.by_number}):
         rows.append((f"  single, {number} shapes", [report.by_number.get(number) for report in reports.values()]))
     for kind in sorted({kind for report in reports.values() for kind in report.by_claim}):
@@ -136,7 +136,7 @@ def _print_table(reports: dict[Pairs, PairsReport], candidates: int, ranked_by: 
 def _percent(share: Share | None) -> str:
     if share is None:
         return "–"
-    return f"{share.share:6.1%}  ({share.low:.1%} – {share.high:.1%}, n={share.total})"
+    return f"{share.share:.1%} ({share.low:.0%}–{share.high:.0%})"
 
 
 def _sheet(reports: dict[Pairs, PairsReport]) -> Image.Image:

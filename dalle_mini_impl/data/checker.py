@@ -155,7 +155,8 @@ def _fit_shape(crop: Floats, sharp: Floats, shape: Shape) -> tuple[Shape, float,
     radius = (total / area) ** 0.5
     x, y = x - dx * radius, y - dy * radius
     template = _sharpen(_draw_template(shape, crop.shape[0], x, y, radius))
-    return shape, float(np.minimum(sharp, template).sum() / np.maximum(sharp, template).sum()), x, y, radius
+    union = float(np.maximum(sharp, template).sum())
+    return shape, float(np.minimum(sharp, template).sum()) / union if union else 0.0, x, y, radius
 
 
 def _sharpen(soft: Floats) -> Floats:

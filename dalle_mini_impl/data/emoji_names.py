@@ -15,7 +15,7 @@ _WITHOUT_ARTICLE = frozenset(
     "rice spaghetti popcorn sushi broccoli garlic bread butter salt sake fog fire money meat food "
     "ginger tofu lightning golf polish up down ok".split()
 )
-_AN = re.compile(r"(?!uni|use|eu|one)[aeiou]|hour|x-ray")
+_AN = re.compile(r"(?!uni|use|eu|ewe|one)[aeiou]|hour|x-ray")
 _UNKIND = frozenset({"shit", "hankey"})
 _MAX_ALIASES = 2
 _STATUS_FULL = 2
