@@ -1,0 +1,89 @@
+"""The learning rate as a function of the step; which optimiser gets which weights; the moving average."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.training.ema import EMA
+from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_learning_rate
+from tests.tiny import tiny_bundle
+
+
+def test_the_rate_warms_up_stays_and_falls() -> None:
+    config = StageConfig(warmup_steps=10, decay_share=0.5, final_lr_share=0.1)
+    rates = [learning_rate_share(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:50] == [1.0] * 40
+    assert rates[75] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert 0.1 < rates[99] < 0.12
+    assert all(a >= b for a, b in itertools.pairwise(rates[50:]))
+
+
+def test_a_longer_plan_does_not_change_the_rates_before_its_decay() -> None:
+    config = StageConfig(warmup_steps=10, decay_share=0.5)
+    unknown, short, long = ([learning_rate_share(s, total, config) for s in range(50)] for total in (None, 100, 400))
+    assert unknown == short == long
+
+
+def test_a_short_run_still_reaches_its_full_rate() -> None:
+    config = StageConfig(warmup_steps=1000, decay_share=0.5)
+    assert max(learning_rate_share(step, 20, config) for step in range(20)) == 1.0
+    assert learning_rate_share(0, 1, config) == 1.0
+
+
+def test_muon_takes_the_hidden_matrices_and_adamw_every_other_weight_once() -> None:
+    dalle = tiny_bundle().dalle
+    assert dalle is not None
+    adamw, muon = build_optimizers(dalle, StageConfig(optimizer="muon", weight_decay=0.1))
+    taken = [[id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in (adamw, muon)]
+    assert set(taken[1]) == {id(p) for p in dalle.hidden_matrices()}
+    assert sorted(taken[0] + taken[1]) == sorted(id(p) for p in dalle.parameters())
+    assert all(group["weight_decay"] == 0 for group in adamw.param_groups if group["params"][0].ndim < 2)
+    set_learning_rate([adamw, muon], 0.5)
+    assert [group["lr"] for group in muon.param_groups] == [0.01]
+
+
+def test_muon_is_refused_where_there_is_nothing_for_it() -> None:
+    with pytest.raises(ValueError, match="no hidden matrices for Muon"):
+        build_optimizers(nn.Linear(2, 2), StageConfig(optimizer="muon"))
+
+
+def test_clipping_bounds_the_norm_and_tells_the_one_before() -> None:
+    model = nn.Linear(3, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
+    assert clip_gradients(model, 1.0).item() == pytest.approx(5.0)
+    assert model.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_average_follows_its_warm_up_and_gives_the_weights_back_to_the_bit() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema.update(model)  # decay (1 + 0) / (10 + 0)
+    assert ema.weights["weight"].tolist() == [[pytest.approx(0.9)] * 2]
+    for _ in range(50):
+        ema.update(model)
+    assert ema.weights["weight"].tolist() == [[pytest.approx(1.0)] * 2]
+    with torch.no_grad():
+        model.weight.fill_(0.1)
+    before = model.weight.detach().clone()
+    with ema.swapped_in(model):
+        assert model.weight.tolist() == ema.weights["weight"].tolist() or model.weight[0, 0].item() > 0.9
+        assert not model.training
+    assert torch.equal(model.weight, before) and model.training
+
+
+def test_no_decay_means_the_raw_weights() -> None:
+    model = nn.Linear(2, 1)
+    ema = EMA(model, decay=0.0)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update(model)
+    assert torch.equal(ema.weights["weight"], model.weight)

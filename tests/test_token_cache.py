@@ -1,0 +1,75 @@
+"""The id cache holds what the VAE says, and nothing stale."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint, images_from_pixels, unigram_nll
+from dalle_mini_impl.vae.model import DiscreteVAE
+from tests.tiny import tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def vae() -> DiscreteVAE:
+    model = tiny_bundle().vae
+    assert model is not None
+    return model
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
+
+
+def test_ids_are_the_vaes_own_in_each_view(vae: DiscreteVAE, pictures: np.ndarray, tmp_path: Path) -> None:
+    cache = TokenCache.build(tmp_path, vae, pictures, ["plain", "flip"], "f", batch_size=4)
+    images = images_from_pixels(torch.from_numpy(pictures))
+    assert torch.equal(cache.ids(np.arange(10)), vae.encode(images))
+    assert torch.equal(cache.ids(np.arange(10), np.ones(10, dtype=np.int64)), vae.encode(images.flip(-1)))
+    mixed = cache.ids(np.array([3, 3]), np.array([0, 1]))
+    assert torch.equal(mixed, torch.cat([vae.encode(images[3:4]), vae.encode(images[3:4].flip(-1))]))
+    assert cache.counts(np.arange(10)).sum() == 10 * 16
+
+
+def test_processes_fill_in_one_file(vae: DiscreteVAE, pictures: np.ndarray, tmp_path: Path) -> None:
+    whole = TokenCache.build(tmp_path / "one", vae, pictures, ["plain"], "f")
+    second_done = []
+
+    def barrier() -> None:  # while the first process waits for the others, the second one does its part
+        if len(second_done) == 1:
+            parts = np.lib.format.open_memmap(tmp_path / "two" / ".tokens.npy.partial", mode="r+")
+            parts[:, 5:] = whole.tokens[:, 5:]
+            parts.flush()
+        second_done.append(True)
+
+    shared = TokenCache.build(tmp_path / "two", vae, pictures, ["plain"], "f", rank=0, world_size=2, barrier=barrier)
+    assert np.array_equal(shared.tokens, whole.tokens)
+
+
+def test_a_stale_or_broken_cache_is_not_opened(vae: DiscreteVAE, pictures: np.ndarray, tmp_path: Path) -> None:
+    fingerprint = cache_fingerprint(vae, "data", ["plain"])
+    assert TokenCache.open(tmp_path, fingerprint) is None
+    TokenCache.build(tmp_path, vae, pictures, ["plain"], fingerprint)
+    assert TokenCache.open(tmp_path, fingerprint) is not None
+    assert TokenCache.open(tmp_path, cache_fingerprint(vae, "other data", ["plain"])) is None
+    assert TokenCache.open(tmp_path, cache_fingerprint(vae, "data", ["plain", "flip"])) is None
+    (tmp_path / "tokens.npy").write_bytes(b"half a file")
+    assert TokenCache.open(tmp_path, fingerprint) is None
+
+
+def test_other_weights_change_the_fingerprint() -> None:
+    one, same, other = (tiny_bundle(seed=seed).vae for seed in (0, 0, 1))
+    assert one is not None and same is not None and other is not None
+    assert cache_fingerprint(one, "d", ["plain"]) == cache_fingerprint(same, "d", ["plain"])
+    assert cache_fingerprint(one, "d", ["plain"]) != cache_fingerprint(other, "d", ["plain"])
+
+
+def test_the_unigram_floor_is_the_entropy_of_frequent_codes() -> None:
+    counts = np.array([10_000, 10_000, 0, 0])
+    assert unigram_nll(counts, counts) == pytest.approx(math.log(2), abs=1e-3)
+    assert unigram_nll(np.zeros(4, dtype=np.int64), counts) == pytest.approx(math.log(4))

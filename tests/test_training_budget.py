@@ -1,0 +1,129 @@
+"""Fitting a run into a wall-clock time, with a clock that only moves when told to."""
+
+from __future__ import annotations
+
+import pytest
+
+from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.training.budget import (
+    TIMED_STEPS,
+    WARMUP_STEPS,
+    Budget,
+    StageClock,
+    format_duration,
+    parse_duration,
+    process_age_sec,
+)
+
+
+class FakeClock:
+    """Seconds that pass when `wait` is called."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("25m", 1500), ("1h30m", 5400), ("1.5h", 5400), ("2H", 7200)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "25", "m", "1d", "25 minutes", "-5m", "0s"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write it like 90s, 25m or 1h30m"):
+        parse_duration(text)
+
+
+def test_durations_for_people() -> None:
+    assert [format_duration(value) for value in (42.4, 185, 5400)] == ["42s", "3m05s", "1h30m"]
+
+
+def test_time_that_a_stage_leaves_flows_on() -> None:
+    clock = FakeClock()
+    budget = Budget(100.0, already_sec=10.0, clock=clock)
+    shares = {"vae": 1.0, "clip": 1.0, "dalle": 2.0}
+    assert budget.for_stage("vae", ["vae", "clip", "dalle"], shares) == pytest.approx(90 / 4)
+    clock.wait(10.0)
+    assert budget.for_stage("clip", ["clip", "dalle"], shares) == pytest.approx(80 / 3)
+    clock.wait(200.0)
+    assert budget.for_stage("dalle", ["dalle"], shares) == 0.0
+    assert Budget(None).for_stage("dalle", ["dalle"], shares) is None
+
+
+def run_steps(stage: StageClock, clock: FakeClock, steps: int, step_sec: float) -> None:
+    for _ in range(steps):
+        stage.step_started()
+        clock.wait(step_sec)
+        stage.step_done()
+
+
+def test_a_stage_turns_its_time_into_steps_and_fills_it() -> None:
+    clock = FakeClock()
+    stage = StageClock(StageConfig(evaluations=4), 100.0, clock)
+    assert stage.plan.total_steps is None
+    run_steps(stage, clock, WARMUP_STEPS, 3.0)  # slow first steps must not count
+    run_steps(stage, clock, TIMED_STEPS, 0.1)
+    assert stage.wants_measurement()
+    clock.wait(1.0)
+    step = WARMUP_STEPS + TIMED_STEPS
+    stage.fix(step, evaluation_sec=1.0)
+    assert not stage.wants_measurement()
+    assert stage.plan.step_sec == pytest.approx(0.1)
+    left_sec = 100 - (WARMUP_STEPS * 3 + TIMED_STEPS * 0.1 + 1) - 4
+    assert stage.plan.total_steps == pytest.approx(step + left_sec / 0.1, abs=1)
+
+
+def test_dear_evaluations_become_fewer() -> None:
+    clock = FakeClock()
+    stage = StageClock(StageConfig(evaluations=10), 100.0, clock)
+    run_steps(stage, clock, WARMUP_STEPS + TIMED_STEPS, 0.01)
+    stage.fix(WARMUP_STEPS + TIMED_STEPS, evaluation_sec=5.0)
+    assert stage.plan.num_evaluations == 3  # 15 % of 100 s
+
+
+def test_the_plan_is_put_right_once_and_only_before_the_rate_falls() -> None:
+    clock = FakeClock()
+    stage = StageClock(StageConfig(evaluations=1, decay_share=0.5), 100.0, clock)
+    run_steps(stage, clock, WARMUP_STEPS + TIMED_STEPS, 0.1)
+    stage.fix(25, evaluation_sec=0.0)
+    assert stage.plan.total_steps == pytest.approx(1000, abs=1)
+    assert not stage.wants_refinement(499)
+    run_steps(stage, clock, 475, 0.05)  # the machine became faster
+    assert stage.wants_refinement(500)
+    stage.refine(500)
+    assert stage.plan.total_steps is not None and stage.plan.total_steps > 1200
+    assert not stage.wants_refinement(1100)
+
+
+def test_evaluations_are_spread_evenly_and_the_last_is_at_the_end() -> None:
+    plan = StageClock(StageConfig(steps=10, evaluations=3), None).plan
+    assert [step for step in range(11) if plan.evaluates_after(step)] == [4, 7, 10]
+    plan.last_evaluation = 3
+    assert not plan.evaluates_after(4)
+
+
+def test_without_a_budget_the_recipe_says_how_many_steps() -> None:
+    stage = StageClock(StageConfig(steps=7), None)
+    assert stage.plan.total_steps == 7
+    assert not (stage.wants_measurement() or stage.wants_refinement(7) or stage.overrun())
+
+
+def test_a_stage_that_overruns_is_told_to_stop() -> None:
+    clock = FakeClock()
+    stage = StageClock(StageConfig(), 100.0, clock)
+    clock.wait(120.0)
+    assert not stage.overrun()
+    clock.wait(10.0)
+    assert stage.overrun()
+
+
+def test_the_age_of_this_process_is_plausible() -> None:
+    assert 0 <= process_age_sec() < 24 * 3600

@@ -1,0 +1,212 @@
+"""The trainer end to end on tiny made scenes: all stages, stopping and resuming to the bit, fine-tuning, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.pretrained import load_bundle
+from dalle_mini_impl.training import loop
+from dalle_mini_impl.training.run import ORDER, train
+from tests.tiny import tiny_recipe
+
+DATA = "shapes:count=60"
+QUICK = ["batch_size=8", "evaluations=2", "warmup_steps=3", "precision=fp32"]
+
+
+def recipe(*overrides: str, steps: int = 6) -> Recipe:
+    settings = [f"train.{stage}.{value}" for stage in ORDER for value in (*QUICK, f"steps={steps}")]
+    return tiny_recipe('data.views=["plain", "flip"]', *settings, "train.dalle.optimizer=muon", *overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all stages finished."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(recipe(), DATA, out)
+    return out
+
+
+def lines(out: Path, stage: Stage) -> list[dict[str, Any]]:
+    """The metrics of a stage without what depends on the machine's speed."""
+    timed = {"time_sec", "tokens_per_sec", "pictures_per_sec"}
+    every = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in every if line["stage"] == stage]
+
+
+def test_all_stages_make_a_checkpoint_that_loads(finished: Path) -> None:
+    bundle = load_bundle(finished)
+    assert bundle.vae is not None and bundle.clip is not None and bundle.dalle is not None
+    assert bundle.dalle.num_views == 2
+    assert set(bundle.metadata["metrics"]) == set(ORDER)
+    assert bundle.metadata["metrics"]["dalle"]["steps"] == 6
+    for name in ("run.json", "data-report.json", "metrics.jsonl", "checkpoint/README.md"):
+        assert (finished / name).is_file()
+    samples = {path.name for path in (finished / "samples").iterdir()}
+    assert samples == {"vae-000003.png", "vae-000006.png", "dalle-000003.png", "dalle-000006.png"}
+    report = json.loads((finished / "data-report.json").read_text())
+    assert report["text"]["text_length"] == bundle.stream.text_length
+
+
+def test_metrics_come_with_chance_and_floors(finished: Path) -> None:
+    evaluation = {stage: lines(finished, stage)[-1] for stage in ORDER}
+    assert evaluation["vae"].keys() >= {"psnr", "ssim", "codes_used", "perplexity"}
+    assert evaluation["clip"].keys() >= {"loss", "loss_chance", "image_to_text_recall_at_1", "chance_recall_at_1"}
+    assert evaluation["dalle"].keys() >= {"image_nll", "image_bits", "image_nll_unigram", "caption_gain"}
+    assert evaluation["dalle"]["image_nll_uniform"] == pytest.approx(torch.tensor(32.0).log().item())
+
+
+def test_a_finished_run_is_not_repeated(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    assert train(recipe(), DATA, finished)
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_of_another_run_is_refused(finished: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds another run \(dalle\.dim was 32, now 64\)"):
+        train(recipe("dalle.dim=64"), DATA, finished)
+    with pytest.raises(ValueError, match=r"data source was shapes:count=60, now shapes:count=61"):
+        train(recipe(), "shapes:count=61", finished)
+
+
+def test_sampling_settings_and_stages_not_begun_may_change(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "copy")
+    shutil.rmtree(out / "state" / "dalle")
+    (out / "checkpoint" / "dalle.safetensors").unlink()
+    assert train(recipe("dalle.dim=64", "sampling.top_k=5"), DATA, out)
+    bundle = load_bundle(out)
+    assert bundle.dalle is not None and bundle.dalle.config.dim == 64
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, how: Callable[[], None]) -> None:
+    """Lets `how` happen in the middle of the given step of the run, counted over all stages."""
+    original = loop.StageTrainer._one_step
+    count = 0
+
+    def one_step(self: loop.StageTrainer, prefetcher: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == after:
+            how()
+        original(self, prefetcher)
+
+    monkeypatch.setattr(loop.StageTrainer, "_one_step", one_step)
+
+
+def crash() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("how", [crash, terminate])
+@pytest.mark.parametrize(("stage", "step"), [("vae", 2), ("clip", 4), ("dalle", 5)])
+def test_resuming_loses_neither_a_step_nor_a_bit(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage, step: int, how: Callable[[], None]
+) -> None:
+    out = tmp_path / "resumed"
+    if stage != "vae":  # what comes before is the same run
+        shutil.copytree(finished, out)
+        for later in ORDER[ORDER.index(stage) :]:
+            shutil.rmtree(out / "state" / later)
+            (out / "checkpoint" / f"{later}.safetensors").unlink()
+    monkeypatch.setattr(loop, "SAVE_EVERY_SEC", 0.0)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, how)
+        if how is terminate:
+            assert train(recipe(), DATA, out, stages=[stage]) is False
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe(), DATA, out, stages=[stage])
+    with pytest.raises(ValueError, match="add --resume"):
+        train(recipe(), DATA, out, stages=[stage])
+    assert train(recipe(), DATA, out, stages=[stage], resume=True)
+    assert lines(out, stage) == lines(finished, stage)
+    ours, theirs = (load_file(run / "checkpoint" / f"{stage}.safetensors") for run in (out, finished))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_fine_tuning_keeps_the_tokenizer_and_starts_from_the_weights(finished: Path, tmp_path: Path) -> None:
+    other = recipe("dalle.dim=64", "train.dalle.learning_rate=1e-12", "train.dalle.muon_learning_rate=1e-12", steps=2)
+    out = tmp_path / "tuned"
+    assert train(other, "shapes:count=40,seed=5", out, stages=["dalle"], init_from=str(finished))
+    tuned, base = load_bundle(out), load_bundle(finished)
+    assert tuned.recipe.dalle.dim == 32
+    assert tuned.tokenizer.fingerprint == base.tokenizer.fingerprint
+    assert tuned.stream == base.stream
+    assert tuned.dalle is not None and base.dalle is not None
+    for ours, theirs in zip(tuned.dalle.parameters(), base.dalle.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_dalle_without_a_vae_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train --stage vae first"):
+        train(recipe(), DATA, tmp_path / "run", stages=["dalle"])
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loop.StageTrainer._backward
+
+    def broken(self: loop.StageTrainer, batch: Any) -> dict[str, torch.Tensor]:
+        metrics = original(self, batch)
+        if self.step >= 2:
+            next(self.task.model.parameters()).grad.fill_(float("nan"))
+        return metrics
+
+    monkeypatch.setattr(loop.StageTrainer, "_backward", broken)
+    with pytest.raises(RuntimeError, match="not finite in 5 steps in a row"):
+        train(recipe(steps=20), DATA, tmp_path / "run", stages=["vae"])
+    skipped = [line for line in lines(tmp_path / "run", "vae") if "skipped" in line]
+    assert [line["step"] for line in skipped] == [3, 4, 5, 6, 7]
+    assert all(len(line["items"]) == 8 for line in skipped)
+
+
+def test_a_budget_replaces_the_steps(tmp_path: Path) -> None:
+    assert train(recipe(steps=100_000), DATA, tmp_path / "run", stages=["vae"], budget_sec=4.0)
+    bundle = load_bundle(tmp_path / "run")
+    assert 25 <= bundle.metadata["metrics"]["vae"]["steps"] < 10_000
+    assert bundle.metadata["metrics"]["vae"]["train_sec"] < 8.0
+
+
+def test_two_processes_see_the_losses_of_one(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "two")
+    for later in ("clip", "dalle"):
+        shutil.rmtree(out / "state" / later)
+        (out / "checkpoint" / f"{later}.safetensors").unlink()
+    (tmp_path / "recipe.json").write_text(recipe().model_dump_json())
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json\n"
+        "from dalle_mini_impl.config import Recipe\n"
+        "from dalle_mini_impl.training.run import make_accelerator, train\n"
+        "accelerator = make_accelerator()\n"
+        "assert accelerator.num_processes == 2\n"
+        f"recipe = Recipe.parse(json.load(open({str(tmp_path / 'recipe.json')!r})))\n"
+        f"assert train(recipe, {DATA!r}, {str(out)!r}, accelerator=accelerator)\n"
+        "accelerator.end_training()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("clip", "dalle"):
+        for ours, theirs in zip(lines(out, stage), lines(finished, stage), strict=True):
+            assert ours.pop("stage") == theirs.pop("stage")
+            assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-4)

@@ -1,0 +1,194 @@
+"""Losses that don't depend on how the batch is cut up; what the batches of each stage contain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dalle_mini_impl.data.prepare import PreparedData
+from dalle_mini_impl.data.token_cache import TokenCache
+from dalle_mini_impl.stream import NULL, PAD
+from dalle_mini_impl.training import evaluation
+from dalle_mini_impl.training.batches import Batch, BatchOrder, split_batch
+from dalle_mini_impl.training.loop import StepContext, Task
+from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask, shift_images
+from tests.tiny import TINY_CAPTIONS, tiny_bundle
+
+NUM_PICTURES = 30
+
+
+def data() -> PreparedData:
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (NUM_PICTURES, 16, 16, 3), dtype=np.uint8)
+    captions = [() if i % 10 == 9 else tuple(TINY_CAPTIONS[(i + k) % 3] for k in range(1 + i % 2)) for i in range(30)]
+    splits = ["validation" if i >= 24 else "train" for i in range(NUM_PICTURES)]
+    return PreparedData(pictures, [str(i) for i in range(30)], captions, splits, {}, "made")  # type: ignore[arg-type]
+
+
+def token_cache(num_views: int = 1) -> TokenCache:
+    tokens = np.random.default_rng(1).integers(0, 32, (num_views, NUM_PICTURES, 16)).astype(np.uint16)
+    return TokenCache(tokens, 32)
+
+
+def dalle_task(*overrides: str) -> DALLETask:
+    bundle = tiny_bundle(*overrides)
+    assert bundle.dalle is not None and bundle.vae is not None
+    cache = token_cache(len(bundle.recipe.data.views))
+    return DALLETask(bundle.dalle, data(), bundle.recipe, bundle.tokenizer, cache, bundle.vae)
+
+
+def clip_task(*overrides: str) -> CLIPTask:
+    bundle = tiny_bundle(*overrides)
+    assert bundle.clip is not None and bundle.vae is not None
+    decoder = (bundle.vae, token_cache())
+    return CLIPTask(bundle.clip, data(), bundle.recipe, bundle.tokenizer, Accelerator(cpu=True), decoder)
+
+
+def vae_task(*overrides: str) -> VAETask:
+    bundle = tiny_bundle("vae.quantizer=fsq", *overrides)
+    assert bundle.vae is not None
+    return VAETask(bundle.vae, data(), bundle.recipe)
+
+
+def batch_of(task: Task, size: int = 12, step: int = 0) -> Batch:
+    order = BatchOrder(task.num_items, size, seed=0)
+    positions = order.positions(step)
+    return task.batch(order.items(positions), positions)
+
+
+def gradients(task: Task, batch: Batch, micro_batch_size: int | None) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Metrics and gradients of a batch cut into micro-batches, as the loop computes them."""
+    model: nn.Module = task.model.train()
+    model.zero_grad()
+    counts = task.counts(batch)
+    metrics: dict[str, float] = {}
+    for part in task.before_step(model, list(split_batch(batch, micro_batch_size)), counts):
+        loss, values = task.loss(model, part, StepContext(counts, 0.5, torch.Generator().manual_seed(0)))
+        loss.backward()
+        for name, value in {"loss": loss, **values}.items():
+            metrics[name] = metrics.get(name, 0.0) + value.item()
+    return metrics, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("make", [vae_task, clip_task, lambda: clip_task("clip.loss=siglip"), dalle_task])
+@pytest.mark.parametrize("micro_batch_size", [1, 5])
+def test_cutting_a_batch_up_changes_neither_loss_nor_gradient(make: Callable[[], Any], micro_batch_size: int) -> None:
+    task = make()
+    batch = batch_of(task)
+    whole_metrics, whole = gradients(task, batch, None)
+    cut_metrics, cut = gradients(task, batch, micro_batch_size)
+    assert cut_metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+    assert whole.keys() == cut.keys()
+    for name, gradient in whole.items():
+        assert torch.allclose(cut[name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-7), name
+
+
+@pytest.mark.parametrize("make", [vae_task, clip_task, dalle_task])
+def test_batches_are_functions_of_their_place_alone(make: Callable[[], Any]) -> None:
+    task, again = make(), make()
+    for step in (3, 0):
+        first, second = batch_of(task, step=step), batch_of(again, step=step)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    order = BatchOrder(task.num_items, 12, seed=0)
+    halves = [order.positions(3, rank, 2) for rank in (0, 1)]
+    parts = [task.batch(order.items(half), half) for half in halves]
+    whole = batch_of(task, step=3)
+    assert all(torch.equal(torch.cat([part[name] for part in parts]), whole[name]) for name in whole)
+
+
+def test_captions_are_dropped_at_the_rate_the_recipe_says() -> None:
+    task = dalle_task("dalle.caption_dropout=0.3")
+    dropped = total = 0
+    for step in range(100):
+        positions = BatchOrder(task.num_items, 12, seed=0).positions(step)
+        items = BatchOrder(task.num_items, 12, seed=0).items(positions)
+        text = task.batch(items, positions)["text"]
+        captioned = torch.tensor([bool(task.data.captions[i]) for i in task.data.train[items]])
+        is_null = (text == NULL).all(dim=1)
+        assert bool(is_null[~captioned].all())  # pictures without a caption train the null caption
+        dropped, total = dropped + int(is_null[captioned].sum()), total + int(captioned.sum())
+    assert dropped / total == pytest.approx(0.3, abs=0.05)
+
+
+def test_corruption_touches_inputs_at_its_rate_and_targets_never() -> None:
+    task = dalle_task("dalle.token_corruption=0.2")
+    batches = [batch_of(task, size=24, step=step) for step in range(40)]
+    changed = torch.cat([(batch["inputs"] != batch["ids"]).flatten() for batch in batches]).float().mean().item()
+    assert changed == pytest.approx(0.2 * 31 / 32, abs=0.02)
+    stored = {tuple(row) for row in task.cache.tokens[0].tolist()}
+    assert all(tuple(row) in stored for batch in batches for row in batch["ids"].tolist())
+    clean = dalle_task("dalle.token_corruption=0")
+    assert torch.equal(batch_of(clean)["inputs"], batch_of(clean)["ids"])
+
+
+def test_each_view_comes_with_its_own_ids() -> None:
+    task = dalle_task('data.views=["plain", "flip"]', "dalle.token_corruption=0")
+    order = BatchOrder(task.num_items, 24, seed=0)
+    positions = order.positions(0)
+    items = order.items(positions)
+    batch = task.batch(items, positions)
+    expected = task.cache.tokens[batch["view"].numpy(), task.data.train[items]]
+    assert np.array_equal(batch["ids"].numpy(), expected)
+    assert set(batch["view"].tolist()) == {0, 1}
+
+
+def test_the_dalle_loss_weighs_the_means_of_text_and_image() -> None:
+    task = dalle_task()
+    batch = batch_of(task)
+    metrics, _ = gradients(task, batch, None)
+    assert metrics["loss"] == pytest.approx(metrics["text_nll"] / 8 + metrics["image_nll"] * 7 / 8, rel=1e-4)
+    not_null = ~(batch["text"] == NULL).all(dim=1)
+    assert task.counts(batch).tolist() == [int((batch["text"][not_null][:, 1:] != PAD).sum()), 12 * 16]
+
+
+def test_clip_trains_on_captioned_pictures_and_decodes_its_share() -> None:
+    task = clip_task("clip.reconstructed_share=0.5")
+    assert all(task.data.captions[i] for i in task.captioned) and task.num_items == 22
+    decoded = torch.cat([batch_of(task, step=step)["decoded"] for step in range(50)])
+    assert decoded.float().mean().item() == pytest.approx(0.5, abs=0.07)
+    batch = batch_of(task)
+    assert task.decoder is not None
+    task.max_shift = 0
+    images = task._images(batch)
+    expected = task.decoder[0].decode(batch["ids"])
+    plain = batch["pixels"].permute(0, 3, 1, 2) / 255
+    assert torch.allclose(images, torch.where(batch["decoded"][:, None, None, None], expected, plain))
+
+
+def test_equal_captions_have_equal_keys() -> None:
+    task = clip_task()
+    batch = batch_of(task)
+    assert len(set(batch["keys"].tolist())) == 3  # TINY_CAPTIONS
+
+
+def test_shifting_moves_pictures_and_repeats_their_border() -> None:
+    images = torch.arange(32.0).view(2, 1, 4, 4).expand(2, 3, 4, 4)
+    moved = shift_images(images, torch.tensor([[1, 0], [0, -2]]), limit=2)
+    assert torch.equal(moved[0, 0, 1:], images[0, 0, :3]) and torch.equal(moved[0, 0, 0], images[0, 0, 0])
+    assert torch.equal(moved[1, 0, :, :2], images[1, 0, :, 2:]) and torch.equal(moved[1, 0, :, 3], images[1, 0, :, 3])
+
+
+def test_held_out_pictures_are_the_validation_split_and_training_ones_where_there_is_none() -> None:
+    made = data()
+    assert evaluation.held_out(made).tolist() == list(range(24, 30))
+    made.validation = np.empty(0, dtype=np.int64)
+    assert set(evaluation.held_out(made)) <= set(made.train)
+
+
+def test_swapped_captions_read_differently() -> None:
+    made = data()
+    others = evaluation._other_captions(made, made.validation)
+    assert set(others) == {24, 25, 26, 27, 28}  # 29 has no caption
+    assert all(other != made.captions[index][0] for index, other in others.items())
+
+
+def test_recall_counts_ties_against_the_model() -> None:
+    assert evaluation._recall(torch.eye(4), 1) == 1.0
+    assert evaluation._recall(torch.ones(4, 4), 1) == 0.0
+    assert evaluation._recall(torch.eye(4).flip(0), 4) == 1.0
