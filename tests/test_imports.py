@@ -27,6 +27,7 @@ WITHIN_A_LEVEL = {
     ("text", "config"),
     ("text", "stream"),
     ("__main__", "cli"),
+    ("cli", "evaluate"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 
