@@ -16,7 +16,7 @@ from dalle_mini_impl.data.token_cache import TokenCache
 from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, split_batch
-from dalle_mini_impl.training.loop import StepContext, Task
+from dalle_mini_impl.training.task import StepContext, Task
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask, shift_images
 from tests.tiny import TINY_CAPTIONS, tiny_bundle
 

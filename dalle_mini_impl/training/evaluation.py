@@ -20,7 +20,7 @@ from dalle_mini_impl.sampling import sample_many
 from dalle_mini_impl.sheet import contact_sheet, reconstruction_sheet, to_pil
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training.batches import Indices
-from dalle_mini_impl.training.loop import EvaluationContext
+from dalle_mini_impl.training.task import EvaluationContext
 from dalle_mini_impl.vae.losses import reconstruction_metrics
 from dalle_mini_impl.vae.model import DiscreteVAE
 from dalle_mini_impl.vae.quantizers import usage_and_perplexity

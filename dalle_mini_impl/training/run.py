@@ -39,9 +39,11 @@ from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training.batches import derive_seed
 from dalle_mini_impl.training.budget import Budget
 from dalle_mini_impl.training.checkpoint import StateFolder, write_json
-from dalle_mini_impl.training.loop import StageTrainer, StopSignal, Task, autocast, autocast_dtype
+from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.progress import MetricsLog, counting
 from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
+from dalle_mini_impl.training.stopping import StopSignal
+from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
 
 logger = logging.getLogger("dalle_mini_impl.training")

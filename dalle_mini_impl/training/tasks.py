@@ -20,7 +20,7 @@ from dalle_mini_impl.stream import NULL, PAD, Stream
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, sample_rng
-from dalle_mini_impl.training.loop import EvaluationContext, StepContext
+from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 

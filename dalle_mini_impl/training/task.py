@@ -1,0 +1,113 @@
+"""What the loop knows of a stage: the `Task`, what it is told at each step, and the precision it runs in."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dalle_mini_impl.config import Stage
+from dalle_mini_impl.training.batches import Batch, Indices
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a loss may depend on besides its batch.
+
+    counts: the task's `counts` summed over the global batch. progress: share of the run that is done, in [0, 1].
+    generator: this micro-batch's own random numbers, on the device.
+    """
+
+    counts: Tensor
+    progress: float
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """Where and how an evaluation runs; every process takes part in it.
+
+    folder: for pictures of samples, written by the main process. dtype: of the autocast, None for fp32.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    step: int
+    dtype: torch.dtype | None
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision that the stage trains in."""
+        return autocast(self.accelerator.device, self.dtype)
+
+
+class Task(Protocol):
+    """One stage's model, data, loss and evaluation."""
+
+    stage: Stage
+    model: nn.Module
+    num_items: int
+    unit: str
+    units_per_item: int
+    score: str
+    """The metric of `evaluate` that picks the weights that are kept; lower is better where it starts with "-"."""
+
+    def batch(self, items: Indices, positions: Indices) -> Batch:
+        """The samples at some places of the stage's sequence of samples; called from a background thread."""
+
+    def counts(self, batch: Batch) -> Tensor:
+        """What the loss is a mean over, (C,) float64, additive over micro-batches and processes."""
+
+    def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
+        """Whatever has to be known of a process's whole batch before its micro-batches are computed one by one."""
+
+    def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the global batch's loss and metrics: they add up over all micro-batches."""
+
+    def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
+        """Metrics on held-out pictures, the same on every process; may write pictures."""
+
+    def describe(self, metrics: dict[str, float]) -> str:
+        """Training metrics in a few words for the progress line."""
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """bf16 where asked for, or where "auto" and the device computes it natively; None for fp32."""
+    if precision == "fp32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = False
+    return torch.bfloat16 if native else None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to dtype on a device; nothing where dtype is None."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+class LossModule(nn.Module):
+    """A task's loss as a module, so that DDP and FSDP see every use of the weights in its forward."""
+
+    def __init__(self, task: Task, device: torch.device, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.model = task.model
+        self._task = task
+        self._device = device
+        self._dtype = dtype
+
+    def forward(self, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Task.loss`."""
+        with autocast(self._device, self._dtype):
+            return self._task.loss(self.model, batch, context)
