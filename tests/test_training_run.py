@@ -84,7 +84,6 @@ def test_a_folder_of_another_run_is_refused(finished: Path) -> None:
 def test_sampling_settings_and_stages_not_begun_may_change(finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "copy")
     shutil.rmtree(out / "state" / "dalle")
-    (out / "checkpoint" / "dalle.safetensors").unlink()
     assert train(recipe("dalle.dim=64", "sampling.top_k=5"), DATA, out)
     bundle = load_bundle(out)
     assert bundle.dalle is not None and bundle.dalle.config.dim == 64
@@ -123,7 +122,6 @@ def test_resuming_loses_neither_a_step_nor_a_bit(
         shutil.copytree(finished, out)
         for later in ORDER[ORDER.index(stage) :]:
             shutil.rmtree(out / "state" / later)
-            (out / "checkpoint" / f"{later}.safetensors").unlink()
     monkeypatch.setattr(loop, "SAVE_EVERY_SEC", 0.0)
     with monkeypatch.context() as patch:
         interrupt(patch, step, how)
@@ -152,6 +150,8 @@ def test_fine_tuning_keeps_the_tokenizer_and_starts_from_the_weights(finished: P
     assert tuned.dalle is not None and base.dalle is not None
     for ours, theirs in zip(tuned.dalle.parameters(), base.dalle.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
+    assert train(other, "shapes:count=40,seed=5", out, stages=["clip"])  # what it started from is remembered
+    assert load_bundle(out).recipe.dalle.dim == 32
 
 
 def test_dalle_without_a_vae_says_what_to_do(tmp_path: Path) -> None:
@@ -189,7 +189,6 @@ def test_two_processes_see_the_losses_of_one(finished: Path, tmp_path: Path) -> 
     out = shutil.copytree(finished, tmp_path / "two")
     for later in ("clip", "dalle"):
         shutil.rmtree(out / "state" / later)
-        (out / "checkpoint" / f"{later}.safetensors").unlink()
     (tmp_path / "recipe.json").write_text(recipe().model_dump_json())
     script = tmp_path / "script.py"
     script.write_text(

@@ -1,8 +1,9 @@
 """Fitting a run into a wall-clock time: durations, shares, and how many steps a stage can afford.
 
 A stage measures its own speed over its first steps, turns its share of the time into a number of steps and keeps
-that number, so that its schedules stay pure functions of the step. It looks again once, where the learning rate is
-about to fall: until then the rate has been flat, so a better number changes no step that is already done.
+that number in its state, so that its schedules stay pure functions of the step. It reviews the number where the
+learning rate is about to fall: until then the rate has been flat, so a better number changes no step that is already
+done. Later reviews only ever shorten a stage that has become too slow for its time.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ WARMUP_STEPS = 5
 TIMED_STEPS = 20
 EVALUATION_SHARE = 0.15
 """A stage spends at most this share of its time on evaluations; it makes fewer where they are dear."""
-OVERRUN_LIMIT = 1.2
+REVIEWS = (0.0, 0.5, 0.75, 0.9)
+"""When the number of steps is reviewed, as shares of the falling part of the learning rate."""
+OVERRUN_LIMIT = 1.1
 """A stage that has used this multiple of its time stops where it is."""
+RESERVE_SHARE = 0.01
+"""Share of a run's time that is kept for writing the last checkpoint."""
 
 _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?")
 
@@ -80,7 +85,7 @@ class Budget:
         """Seconds for a stage: its share, among the stages that remain (itself included), of the time that remains."""
         if self.total_sec is None:
             return None
-        left_sec = max(0.0, self.total_sec - self.elapsed_sec())
+        left_sec = max(0.0, self.total_sec * (1 - RESERVE_SHARE) - self.elapsed_sec())
         return left_sec * shares[stage] / sum(shares[name] for name in remaining)
 
 
@@ -93,7 +98,7 @@ class Plan:
     allotted_sec: float | None = None
     step_sec: float | None = None
     evaluation_sec: float | None = None
-    refined: bool = False
+    num_reviews: int = 0
     last_evaluation: int = 0
 
     def evaluates_after(self, step: int) -> bool:
@@ -152,12 +157,13 @@ class StageClock:
         """Whether enough steps have been timed to fix the number of steps."""
         return self.plan.total_steps is None and self._timed_steps >= TIMED_STEPS
 
-    def wants_refinement(self, step: int) -> bool:
-        """Whether the rate is about to fall, so that the plan may be put right for the last time."""
+    def wants_review(self, step: int) -> bool:
+        """Whether it is time to look at the number of steps again."""
         plan = self.plan
-        if plan.allotted_sec is None or plan.total_steps is None or plan.refined:
+        if plan.allotted_sec is None or plan.total_steps is None or plan.num_reviews >= len(REVIEWS):
             return False
-        return step >= (1 - self.config.decay_share) * plan.total_steps and self._timed_steps > 0
+        fallen = REVIEWS[plan.num_reviews] * self.config.decay_share
+        return step >= (1 - self.config.decay_share + fallen) * plan.total_steps and self._timed_steps > 0
 
     def fix(self, step: int, evaluation_sec: float) -> None:
         """Fixes the plan once `step` steps are done and an evaluation is known to take evaluation_sec."""
@@ -170,12 +176,17 @@ class StageClock:
         self.plan.evaluation_sec = evaluation_sec
         self._set_total(step, evaluations)
 
-    def refine(self, step: int) -> None:
-        """Puts the number of steps right with the speed measured since the plan was fixed."""
-        assert self.plan.total_steps is not None
-        done = step * self.plan.num_evaluations // self.plan.total_steps
-        self._set_total(step, max(1, self.plan.num_evaluations - done))
-        self.plan.refined = True
+    def review(self, step: int) -> bool:
+        """Puts the number of steps right with the speed measured since the last look; True where that changed it."""
+        plan = self.plan
+        assert plan.total_steps is not None
+        before = plan.total_steps
+        done = step * plan.num_evaluations // before
+        self._set_total(step, max(1, plan.num_evaluations - done))
+        if plan.num_reviews > 0:
+            plan.total_steps = min(plan.total_steps, before)
+        plan.num_reviews += 1
+        return plan.total_steps != before
 
     def overrun(self) -> bool:
         """Whether the stage has used far more than its time and has to stop where it is."""
@@ -188,3 +199,4 @@ class StageClock:
         plan.step_sec = max(self._timed_sec / max(1, self._timed_steps), 1e-6)
         left_sec = plan.allotted_sec - self.elapsed_sec - evaluations_left * (plan.evaluation_sec or 0.0)
         plan.total_steps = step + max(1, int(left_sec / plan.step_sec))
+        self._timed_steps, self._timed_sec = 0, 0.0

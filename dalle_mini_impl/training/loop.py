@@ -188,8 +188,7 @@ class StageTrainer:
             self._share_plan(reporter)
         elif due:
             self._evaluate(reporter)
-        if self.clock.wants_refinement(self.step):
-            self.clock.refine(self.step)
+        if self.clock.wants_review(self.step) and self.clock.review(self.step):
             self._share_plan(reporter)
         stop, save = self._agree()
         if stop == "overrun" and self.step != self.plan.total_steps:

@@ -104,16 +104,19 @@ class Run:
         self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
-        self._initial = load_bundle(init_from) if init_from is not None else None
-        if self._initial is not None:
+        if self._note_path.is_file():
+            self._note = json.loads(self._note_path.read_text(encoding="utf-8"))
+        self._init_from = init_from if init_from is not None else self._note.get("init_from")
+        initial = out / "initial"
+        self._initial: Bundle | None = None
+        if self._init_from is not None:
+            self._initial = load_bundle(initial if (initial / "config.json").is_file() else self._init_from)
             recipe = adopt_architecture(recipe, self._initial)
         self.recipe = recipe
-        self._init_from = init_from
 
     def unfinished(self, stages: Sequence[Stage], resume: bool) -> list[Stage]:
         """The stages to train, in order; checks that the folder belongs to this run and may be gone on with."""
-        if self._note_path.is_file():
-            self._note = json.loads(self._note_path.read_text(encoding="utf-8"))
+        if self._note:
             untouched = [stage for stage, state in self.states.items() if not (state.started or state.finished)]
             check_unchanged(self._note, self.recipe, self.data_spec, self._init_from, untouched, self.out)
         todo = [stage for stage in ORDER if stage in stages and not self.states[stage].finished]
@@ -138,12 +141,15 @@ class Run:
         self._check_data()
         checkpoint = self.out / "checkpoint"
         if self.is_main and not (checkpoint / "config.json").is_file():
+            if self._initial is not None:
+                save_bundle(self._initial, self.out / "initial")
             save_bundle(self._first_bundle(), checkpoint)
         if self.is_main:
-            write_json(self.out / "data-report.json", self.data.report)
             write_json(self._note_path, self._describe())
         self.accelerator.wait_for_everyone()
         self.bundle = replace(load_bundle(checkpoint), recipe=self.recipe)
+        if self.is_main:
+            write_json(self.out / "data-report.json", {**self.data.report, "text": self.bundle.metadata["text"]})
         data, stream = self.data, self.bundle.stream
         logger.info(
             "%d training, %d validation pictures; %d text pieces, %d text slots, %d image tokens",
@@ -173,33 +179,32 @@ class Run:
 
     def _first_bundle(self) -> Bundle:
         """The checkpoint before any stage: a tokenizer, and what --init-from brings along."""
-        metadata = {"data_fingerprint": self.data.fingerprint, "metrics": {}}
         captions = [caption for index in self.data.train for caption in self.data.captions[index]]
+        config = self.recipe.text
         if self._initial is not None:
-            bundle = replace(self._initial, recipe=self.recipe, metadata=metadata)
-        else:
-            config = self.recipe.text
-            if not captions:
-                raise ValueError(f"{self.data_spec} has no captions in its training split: there is no text to learn")
+            bundle = replace(self._initial, recipe=self.recipe)
+        elif captions:
             tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))
-            bundle = Bundle(recipe=self.recipe, tokenizer=tokenizer, stream=stream, metadata=metadata)
+            bundle = Bundle(recipe=self.recipe, tokenizer=tokenizer, stream=stream)
+        else:
+            raise ValueError(f"{self.data_spec} has no captions in its training split: there is no text to learn")
         num_cut = bundle.tokenizer.num_cut(captions, bundle.stream.text_length)
-        self.data.report["text"] = {
+        if num_cut:
+            logger.info("%d of %d captions are cut to %d slots", num_cut, len(captions), bundle.stream.text_length)
+        text = {
             "vocab_size": bundle.tokenizer.vocab_size,
             "text_length": bundle.stream.text_length,
             "num_captions": len(captions),
             "num_captions_cut": num_cut,
         }
-        if num_cut:
-            logger.info("%d of %d captions are cut to %d slots", num_cut, len(captions), bundle.stream.text_length)
-        return bundle
+        return replace(bundle, metadata={"data_fingerprint": self.data.fingerprint, "metrics": {}, "text": text})
 
     def task(self, stage: Stage) -> Task:
         """A stage's task, with what it needs of the stages before. Raises ValueError where that is missing."""
         bundle, recipe = self.bundle, self.recipe
         if stage == "vae":
-            return VAETask(self._model(bundle.vae, lambda: build_vae(recipe), stage), self.data, recipe)
+            return VAETask(self._model(stage, lambda: build_vae(recipe)), self.data, recipe)
         if stage == "clip":
             decoder = None
             if recipe.clip.reconstructed_share > 0:
@@ -207,19 +212,21 @@ class Run:
                     decoder = (bundle.vae, self.cache())
                 else:
                     logger.warning("no VAE yet: clip.reconstructed_share has no effect, clip sees pictures only")
-            clip = self._model(bundle.clip, lambda: build_clip(recipe, bundle.stream), stage)
+            clip = self._model(stage, lambda: build_clip(recipe, bundle.stream))
             return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
         if bundle.vae is None:
             raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
-        dalle = self._model(bundle.dalle, lambda: build_dalle(recipe, bundle.stream), stage)
+        dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
         return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae)
 
-    def _model(self, model: M | None, build: Callable[[], M], stage: Stage) -> M:
-        """The weights to start from: those of the checkpoint, else fresh ones drawn with the recipe's seed."""
-        if model is not None:
-            return model
+    def _model(self, stage: Stage, build: Callable[[], M]) -> M:
+        """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
         torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
-        return build()
+        model = build()
+        initial = getattr(self._initial, stage, None)
+        if initial is not None:
+            model.load_state_dict(initial.state_dict())
+        return model
 
     def cache(self) -> TokenCache:
         """The id cache of the VAE as it is now, encoded if it isn't there yet."""
