@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from dalle_mini_impl.training.budget import format_duration
 from dalle_mini_impl.training.checkpoint import write_atomically
@@ -58,6 +59,16 @@ def _parse(line: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and {"stage", "step"} <= value.keys() else None
 
 
+class _TwoLines(Progress):
+    """A bar, and the numbers on a line of their own, so that narrow terminals show both."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """See `rich.progress.Progress`."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["text"], style="dim")
+
+
 class Reporter:
     """Shows one stage's progress to a person; a context manager.
 
@@ -75,11 +86,10 @@ class Reporter:
 
     def __enter__(self) -> Self:
         if self.enabled and self.console.is_terminal:
-            self._live = Progress(
+            self._live = _TwoLines(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"),
                 TimeElapsedColumn(),
                 console=self.console,
             )
@@ -114,7 +124,7 @@ class Reporter:
         if not self.enabled:
             return
         if self._live is not None:
-            self._live.console.print(f"[bold]{self.stage}[/bold] {text}", highlight=False)
+            self._live.console.print(f"[bold]{self.stage}[/bold] {text}", highlight=False, soft_wrap=True)
         else:
             logger.info("%s %s", self.stage, text)
 
