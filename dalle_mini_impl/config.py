@@ -91,6 +91,8 @@ class VAEConfig(Section):
     """Dimension of a code (vq)."""
     fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = (8, 5, 5, 5)
     """Levels of each fsq dimension."""
+    quantize_after: Share = 0.05
+    """Share of the run before vq quantizes at all, so that its codebook starts from encoder outputs worth having."""
     codebook_decay: Share = 0.99
     """EMA decay of the vq codebook."""
     dead_code_share: Share = 0.03
@@ -180,10 +182,12 @@ class StageConfig(Section):
     """Pictures a step, over all processes and accumulation steps together."""
     micro_batch_size: Positive | None = None
     """Pictures a process computes at once; smaller than its part of the batch means gradient accumulation."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon trains the hidden matrices with Muon and everything else with AdamW."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon trains the hidden matrices and kernels with Muon and everything else with AdamW."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    """Peak rate of AdamW."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    """Peak rate of Muon, whose steps are scaled to the size of AdamW's."""
     beta1: Share = 0.9
     beta2: Share = 0.95
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -205,9 +209,9 @@ class StageConfig(Section):
 class TrainConfig(Section):
     """The three stages."""
 
-    clip: StageConfig = StageConfig(steps=1500, budget_share=0.14, batch_size=128, learning_rate=1e-3)
-    vae: StageConfig = StageConfig(steps=4000, budget_share=0.3, batch_size=32, learning_rate=1e-3)
-    dalle: StageConfig = StageConfig(steps=4000, budget_share=0.56, batch_size=64, learning_rate=2e-3)
+    clip: StageConfig = StageConfig(steps=1500, budget_share=0.14, batch_size=128)
+    vae: StageConfig = StageConfig(steps=4000, budget_share=0.3, batch_size=32)
+    dalle: StageConfig = StageConfig(steps=4000, budget_share=0.56, batch_size=64)
 
 
 class SamplingConfig(Section):

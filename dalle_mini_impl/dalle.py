@@ -114,6 +114,9 @@ class DALLE(nn.Module):
         inputs: the image ids that are read, where they differ from those predicted (token corruption).
         Padding is no target, and a null caption none either: its text is not a caption.
         """
+        expected = (text_ids.shape[0], self.stream.num_image_tokens)
+        if tuple(image_ids.shape) != expected:
+            raise ValueError(f"image_ids have shape {tuple(image_ids.shape)}; expected {expected}, whole pictures")
         text_logits, image_logits = self(text_ids, image_ids if inputs is None else inputs, view)
         is_null = (text_ids == self.stream.null_caption().to(text_ids.device)).all(dim=1, keepdim=True)
         targets = text_ids[:, 1:].masked_fill(is_null, PAD)  # (B, T - 1)
@@ -147,6 +150,8 @@ class DALLE(nn.Module):
 
     def decode_step(self, previous_ids: Tensor, index: int, cache: KVCache, view: Tensor | None = None) -> Tensor:
         """Logits (B, image_vocab) of image id `index` ≥ 1, given image id index - 1 as previous_ids (B,)."""
+        if not 1 <= index < self.stream.num_image_tokens:
+            raise ValueError(f"image token {index} can't be decoded: pick 1 to {self.stream.num_image_tokens - 1}")
         if cache.length != self.stream.text_length + index - 1:
             raise ValueError(
                 f"image token {index} needs a cache of {self.stream.text_length + index - 1} tokens; "

@@ -79,7 +79,7 @@ class Stream:
         return ids + [PAD] * (self.text_length - len(ids)), len(pieces) > room
 
     def check_text(self, text_ids: Tensor) -> None:
-        """Raises ValueError unless text_ids is (B, T) with ids of the text vocabulary."""
+        """Raises ValueError unless text_ids is (B, T)."""
         if text_ids.ndim != 2 or text_ids.shape[1] != self.text_length:
             raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}; expected (B, {self.text_length})")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.training.muon import Muon
 
 
 def learning_rate_share(step: int, total: int | None, config: StageConfig) -> float:
@@ -53,10 +54,7 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     )
     optimizers: list[Optimizer] = [adamw]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay, momentum=0.95, nesterov=True
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -38,6 +38,13 @@ class DiscreteVAE(nn.Module):
         raw_channels = 6 if config.reconstruction == "logit_laplace" else 3
         self.decoder = build_decoder(config, self.quantizer.out_channels, raw_channels)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The kernels of the residual blocks and of the convolutions between levels, which Muon may train."""
+        ends = {id(self.encoder[1].weight), id(self.encoder[-1].weight), id(self.decoder[0].weight)}
+        ends.add(id(self.decoder[-2].weight))
+        kernels = [p for part in (self.encoder, self.decoder) for p in part.parameters() if p.ndim == 4]
+        return [p for p in kernels if id(p) not in ends]
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] to ids (B, N) int64, row by row."""

@@ -55,13 +55,16 @@ class VectorQuantizer(Quantizer):
     """Nearest neighbour on the unit sphere, codes kept by EMA, dead codes restarted (VQ-VAE-2, ViT-VQGAN).
 
     The codebook starts from the first batch's encoder outputs; a code whose EMA count falls below
-    `dead_code_share` of the uniform count is moved onto a random encoder output of the batch.
+    `dead_code_share` of the uniform count is moved onto a random encoder output of the batch. The EMA forgets faster
+    over its first updates, because the encoder moves fast there and unused codes must not wait for their restart.
     """
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.num_codes = config.codebook_size
         self.in_channels = self.out_channels = config.code_dim
+        self.scale = config.code_dim**0.5
+        self.start = config.quantize_after
         self.decay = config.codebook_decay
         self.dead_share = config.dead_code_share
         self.commitment_weight = config.commitment_weight
@@ -69,17 +72,19 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_counts", torch.zeros(self.num_codes))
         self.register_buffer("ema_sums", torch.zeros_like(codebook))
-        self.register_buffer("started", torch.zeros(1))
+        self.register_buffer("updates", torch.zeros(1))
         self.codebook: Tensor
         self.ema_counts: Tensor
         self.ema_sums: Tensor
-        self.started: Tensor
+        self.updates: Tensor
 
     def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
         """Straight-through quantization; while training, also moves the codebook."""
         batch, _, height, _ = latents.shape
         rows = F.normalize(_rows(latents), dim=1)
-        if self.training and not bool(self.started):
+        if self.training and progress < self.start and not bool(self.updates):
+            return Quantized(_grid(rows * self.scale, batch, height), self._nearest(rows.detach()).view(batch, -1))
+        if self.training and not bool(self.updates):
             self._start(rows.detach(), generator)
         ids = self._nearest(rows.detach())
         codes = self.codebook[ids]
@@ -87,7 +92,7 @@ class VectorQuantizer(Quantizer):
             self._update(rows.detach(), ids, generator)
         loss = self.commitment_weight * F.mse_loss(rows, codes) * rows.shape[1]
         straight = rows + (codes - rows).detach()
-        return Quantized(_grid(straight, batch, height), ids.view(batch, -1), {"commitment": loss})
+        return Quantized(_grid(straight * self.scale, batch, height), ids.view(batch, -1), {"commitment": loss})
 
     def ids(self, latents: Tensor) -> Tensor:
         """Nearest codes."""
@@ -95,7 +100,7 @@ class VectorQuantizer(Quantizer):
 
     def vectors(self, ids: Tensor, height: int) -> Tensor:
         """The codes themselves."""
-        return _grid(self.codebook[ids.flatten()], ids.shape[0], height)
+        return _grid(self.codebook[ids.flatten()] * self.scale, ids.shape[0], height)
 
     def _nearest(self, rows: Tensor) -> Tensor:
         return (rows @ self.codebook.t()).argmax(dim=1)
@@ -104,7 +109,6 @@ class VectorQuantizer(Quantizer):
         self.codebook.copy_(_random_rows(rows, self.num_codes, generator))
         self.ema_counts.fill_(rows.shape[0] / self.num_codes)
         self.ema_sums.copy_(self.codebook * self.ema_counts[:, None])
-        self.started.fill_(1)
 
     def _update(self, rows: Tensor, ids: Tensor, generator: torch.Generator | None) -> None:
         counts = torch.bincount(ids, minlength=self.num_codes).to(rows.dtype)
@@ -112,8 +116,10 @@ class VectorQuantizer(Quantizer):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
-        self.ema_counts.lerp_(counts, 1 - self.decay)
-        self.ema_sums.lerp_(sums, 1 - self.decay)
+        self.updates += 1
+        step = 1 - torch.minimum((self.updates + 1) / (self.updates + 10), torch.full_like(self.updates, self.decay))
+        self.ema_counts.lerp_(counts, step)
+        self.ema_sums.lerp_(sums, step)
         uniform = self.ema_counts.sum() / self.num_codes
         dead = (self.ema_counts < self.dead_share * uniform)[:, None]
         fresh = _random_rows(rows, self.num_codes, generator)

@@ -1,0 +1,81 @@
+"""Muon: momentum whose update is orthogonalised, for matrices and convolutions (Keller Jordan et al. 2024).
+
+PyTorch's own Muon takes matrices only and orthogonalises one after the other. This one also takes convolution
+kernels, as (out, in × height × width) matrices, and orthogonalises all those of one shape in one batched product.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration; singular values end between about 0.7 and 1.2."""
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices to (n, R, C), roughly, by Newton-Schulz iterations in bf16."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, orthogonalised, scaled to the size of an AdamW step: 0.2 × sqrt(max(rows, columns)).
+
+    With that scale (arXiv 2502.16982) its learning rates and weight decays are comparable to AdamW's.
+    Raises ValueError for a parameter with fewer than two dimensions.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim < 2:
+                    raise ValueError(
+                        f"Muon takes matrices and kernels, not shape {tuple(parameter.shape)}: give it to AdamW"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape[0], parameter[0].numel()].append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
+        return loss
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Updates all parameters of one shape."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        weights: list[Tensor] = list(parameters)
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        update = orthogonalize(torch.stack([direction.flatten(1) for direction in directions]))
+        scale = 0.2 * max(update.shape[1:]) ** 0.5
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        moves = [row.view(p.shape).to(p.dtype) for row, p in zip(update.contiguous(), parameters, strict=True)]
+        torch._foreach_add_(weights, moves, alpha=-group["lr"] * scale)
