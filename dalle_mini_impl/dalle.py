@@ -66,7 +66,7 @@ class DALLE(nn.Module):
             )
             for _ in range(config.layers)
         )
-        self.final_norm = RMSNorm(dim)
+        self.final_norm = nn.RMSNorm(dim, eps=1e-6)
         self.text_head = nn.Linear(dim, stream.text_vocab, bias=False)
         self.image_head = nn.Linear(dim, stream.image_vocab, bias=False)
         angles = stream_angles(stream, dim // config.heads)

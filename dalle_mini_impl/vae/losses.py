@@ -38,8 +38,9 @@ def laplacian_distance(x: Tensor, y: Tensor, levels: int = 3) -> Tensor:
     difference = x - y
     total = difference.new_zeros(())
     for _ in range(levels):
-        coarse = F.avg_pool2d(difference, 2)
-        fine = difference - F.interpolate(coarse, scale_factor=2.0, mode="nearest")
+        coarse = F.avg_pool2d(difference, 2, ceil_mode=True)  # an odd side ends in half a window
+        spread = F.interpolate(coarse, scale_factor=2.0, mode="nearest")
+        fine = difference - spread[..., : difference.shape[-2], : difference.shape[-1]]
         total = total + fine.abs().mean()
         difference = coarse
     return total + difference.abs().mean()

@@ -157,7 +157,7 @@ class FiniteScalarQuantizer(Quantizer):
         """Straight-through rounding."""
         batch, _, height, _ = latents.shape
         bounded = self._bound(_rows(latents))
-        straight = bounded + (bounded.round() - bounded).detach()
+        straight = bounded + (self._round(bounded) - bounded).detach()
         return Quantized(self._centre(straight, batch, height), self._pack(bounded).view(batch, -1))
 
     def ids(self, latents: Tensor) -> Tensor:
@@ -170,12 +170,15 @@ class FiniteScalarQuantizer(Quantizer):
         return self._centre(rows.float(), ids.shape[0], height)
 
     def _bound(self, rows: Tensor) -> Tensor:
-        """To [0, levels - 1], every level equally wide."""
+        """To [-1/2, levels - 1/2], every level equally wide."""
         return torch.sigmoid(rows) * self.levels - 0.5
 
+    def _round(self, bounded: Tensor) -> Tensor:
+        """The nearest level; a saturated sigmoid reaches half a level beyond the first and the last."""
+        return torch.minimum(bounded.round().clamp(min=0), self.levels - 1)
+
     def _pack(self, bounded: Tensor) -> Tensor:
-        rounded = bounded.round().long().clamp(min=0)
-        return (torch.minimum(rounded, self.levels - 1) * self.basis).sum(dim=1)
+        return (self._round(bounded).long() * self.basis).sum(dim=1)
 
     def _centre(self, rows: Tensor, batch: int, height: int) -> Tensor:
         return _grid(2 * rows / (self.levels - 1) - 1, batch, height)
