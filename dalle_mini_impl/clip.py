@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.config import CLIPConfig
 from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.stream import PAD
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -36,7 +37,7 @@ class ImageTower(nn.Module):
         self.stem = nn.Sequential(*layers)
         self.position = nn.Parameter(torch.randn(side * side, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.image_layers))
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm = Norm(config.width)
         self.project = nn.Linear(config.width, config.embed_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class TextTower(nn.Module):
         self.embedding = nn.Embedding(text_vocab, config.width)
         self.position = nn.Parameter(torch.randn(text_length, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.text_layers))
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm = Norm(config.width)
         self.project = nn.Linear(config.width, config.embed_dim, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -126,6 +127,10 @@ class CLIP(nn.Module):
 
         keys: (B,) int64, equal where captions are equal.
         """
+        if images.shape[0] != text_ids.shape[0]:
+            raise ValueError(f"{images.shape[0]} pictures and {text_ids.shape[0]} captions are no pairs")
+        if tuple(keys.shape) != (images.shape[0],):
+            raise ValueError(f"keys have shape {tuple(keys.shape)}; expected ({images.shape[0]},)")
         image_vectors, text_vectors = self(images, text_ids)
         loss = self.contrast(image_vectors, text_vectors, keys, keys)
         with torch.no_grad():
