@@ -161,10 +161,8 @@ def test_a_vector_doesnt_depend_on_its_neighbours_in_the_batch() -> None:
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])
 def test_every_parameter_learns_and_pairs_are_found(loss: str) -> None:
     clip = CLIP(_config(loss), SIZE, LENGTH, VOCAB).train()
-    images, captions = (
-        torch.eye(4)[[3, 1, 3, 2], :3, None, None].expand(-1, -1, SIZE, SIZE),
-        _captions(),
-    )  # flat colours
+    colours = torch.eye(4)[[3, 1, 3, 2], :3]  # black, green, black, blue
+    images, captions = colours[:, :, None, None].expand(-1, -1, SIZE, SIZE), _captions()
     optimizer = torch.optim.Adam(clip.parameters(), 5e-3)
     touched: set[str] = set()
     for _ in range(60):
