@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.rope import stream_angles
 from dalle_mini_impl.stream import PAD, Stream
 
@@ -66,7 +67,7 @@ class DALLE(nn.Module):
             )
             for _ in range(config.layers)
         )
-        self.final_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.final_norm = Norm(dim)
         self.text_head = nn.Linear(dim, stream.text_vocab, bias=False)
         self.image_head = nn.Linear(dim, stream.image_vocab, bias=False)
         angles = stream_angles(stream, dim // config.heads)

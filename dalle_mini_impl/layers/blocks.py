@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.layers.attention import Attention, KVCache
+from dalle_mini_impl.layers.norm import Norm
 
 
 class FeedForward(nn.Module):
@@ -47,9 +48,9 @@ class Block(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attention_norm = Norm(dim)
         self.attention = Attention(dim, heads, causal=causal, dropout=dropout)
-        self.ffn_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.ffn_norm = Norm(dim)
         self.ffn = FeedForward(dim, ffn, ffn_multiple)
         self.dropout = nn.Dropout(dropout)
 
