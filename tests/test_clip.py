@@ -122,8 +122,8 @@ def test_a_fresh_infonce_starts_near_chance() -> None:
 def test_padding_is_never_seen() -> None:
     clip, captions = _clip(), _captions()
     before = clip.encode_text(captions)
-    clip.text_tower.embedding.weight[PAD] += 100
-    clip.text_tower.position[4:] += 100
+    clip.text_tower.embedding.weight[PAD] += 100 * torch.randn(16)
+    clip.text_tower.position[4:] += 100 * torch.randn(2, 16)
     after = clip.encode_text(captions)
     assert torch.equal(after[[0, 2]], before[[0, 2]])
     assert not torch.allclose(after[1], before[1])  # whose last two slots are words

@@ -98,9 +98,9 @@ def test_no_logit_sees_the_token_it_predicts_or_a_later_one() -> None:
 def test_padding_is_a_learned_vector_of_its_slot_and_never_a_word() -> None:
     dalle, text, images = _dalle(), _captions(), _images()
     before = dalle(text, images)[1]
-    dalle.text_embedding.weight[PAD] += 1
+    dalle.text_embedding.weight[PAD] += torch.randn(16)
     assert torch.equal(dalle(text, images)[1], before)
-    dalle.text_pad.weight[4] += 1
+    dalle.text_pad.weight[4] += torch.randn(16)
     changed = (dalle(text, images)[1] - before).abs().amax(dim=(1, 2)) > 1e-4
     assert changed.tolist() == [text_row[4] == PAD for text_row in text.tolist()] == [True, False, False, True, False]
 
