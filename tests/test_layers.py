@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dalle_mini_impl.layers.attention import Attention, KVCache
+from dalle_mini_impl.layers.attention import Attention, KVCache, attend
 from dalle_mini_impl.layers.blocks import Block, FeedForward
 from dalle_mini_impl.layers.rope import rotate, stream_angles
 from dalle_mini_impl.stream import Stream
@@ -78,6 +79,19 @@ def test_cached_attention_equals_uncached(prefilled: int) -> None:
         cache.advance(1)
     assert cache.length == cache.capacity == LENGTH
     assert torch.allclose(torch.cat(parts, dim=1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "is_causal"), [(LENGTH, True), (LENGTH, False), (1, False)])
+def test_short_bf16_attention_equals_the_fused_kernel(queries: int, is_causal: bool) -> None:
+    q, k, v = (torch.randn(2, HEADS, length, 8, requires_grad=True) for length in (queries, LENGTH, LENGTH))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    mixed = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, 0.0, is_causal)
+    assert mixed.dtype == torch.bfloat16
+    assert torch.allclose(mixed.float(), expected, atol=0.05)
+    weights = torch.randn_like(expected)
+    right = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    ours = torch.autograd.grad((mixed * weights).sum(), (q, k, v))
+    assert all(torch.allclose(a, b, atol=0.1) for a, b in zip(ours, right, strict=True))
 
 
 def test_a_full_cache_is_an_error_and_not_a_wrap_around() -> None:

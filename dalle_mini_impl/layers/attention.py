@@ -80,7 +80,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
         if is_causal:
             future = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
             scores = scores + future
-        return scores.softmax(dim=-1) @ v
+        mixed: Tensor = scores.softmax(dim=-1) @ v
+        return mixed
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
