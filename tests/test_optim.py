@@ -39,7 +39,8 @@ def test_a_short_run_still_reaches_its_full_rate() -> None:
 def test_muon_takes_the_hidden_matrices_and_adamw_every_other_weight_once() -> None:
     dalle = tiny_bundle().dalle
     assert dalle is not None
-    adamw, muon = build_optimizers(dalle, StageConfig(optimizer="muon", weight_decay=0.1))
+    config = StageConfig(optimizer="muon", muon_learning_rate=0.02, weight_decay=0.1)
+    adamw, muon = build_optimizers(dalle, config)
     taken = [[id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in (adamw, muon)]
     assert set(taken[1]) == {id(p) for p in dalle.hidden_matrices()}
     assert sorted(taken[0] + taken[1]) == sorted(id(p) for p in dalle.parameters())

@@ -1,0 +1,85 @@
+"""Faults of Muon forbidden here: updates of another size than PyTorch's own, shapes that mix, kernels cut wrongly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.training.muon import Muon, orthogonalize
+
+
+def _parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def _gradients(parameters: list[nn.Parameter], step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(p.shape, generator=generator) for p in parameters]
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5), (1, 6)])
+def test_singular_values_end_near_one_and_singular_vectors_stay(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    out = orthogonalize(torch.stack([matrix, 1000 * matrix])).float()
+    assert torch.allclose(out[0], out[1], atol=0.05)  # the size of a gradient doesn't count
+    aligned = (u.t() @ out[0] @ v.t()).diagonal()
+    assert aligned.min() > 0.3 and aligned.max() < 1.4
+
+
+def test_a_zero_gradient_moves_nothing() -> None:
+    assert not orthogonalize(torch.zeros(1, 4, 6)).any()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_matrices_move_as_with_pytorch_s_own(weight_decay: float) -> None:
+    shapes = [(6, 18), (18, 6), (6, 18), (8, 8)]
+    ours, theirs = _parameters(*shapes), _parameters(*shapes)
+    muon = Muon(ours, lr=0.02, momentum=0.9, weight_decay=weight_decay)
+    reference = torch.optim.Muon(
+        theirs, lr=0.02, momentum=0.9, weight_decay=weight_decay, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
+    start = [p.detach().clone() for p in ours]
+    for step in range(5):
+        for group in (ours, theirs):
+            for parameter, gradient in zip(group, _gradients(group, step), strict=True):
+                parameter.grad = gradient
+        muon.step()
+        reference.step()
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        assert (mine - other).norm() < 0.03 * (other - before).norm()  # both iterate in bf16
+
+
+def test_kernels_move_as_their_matrices() -> None:
+    weight, gradient = torch.randn(2, 6, 4, 3, 3)
+    matrix = nn.Parameter(weight.flatten(1).clone())
+    matrix.grad = gradient.flatten(1)
+    Muon([matrix], lr=0.1).step()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        kernel = nn.Parameter(weight.contiguous(memory_format=layout).clone())
+        kernel.grad = gradient.contiguous(memory_format=layout)
+        Muon([kernel], lr=0.1).step()
+        assert torch.allclose(kernel.flatten(1), matrix, atol=1e-6)
+
+
+def test_one_shape_in_a_batch_equals_one_by_one() -> None:
+    together, alone = _parameters((6, 9), (6, 9), (6, 9)), _parameters((6, 9), (6, 9), (6, 9))
+    muons = [Muon(together, lr=0.1), *(Muon([p], lr=0.1) for p in alone)]
+    for group in (together, alone):
+        for parameter, gradient in zip(group, _gradients(group, 0), strict=True):
+            parameter.grad = gradient
+    for muon in muons:
+        muon.step()
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(together, alone, strict=True))
+
+
+def test_what_has_no_gradient_stays_and_vectors_are_refused() -> None:
+    used, unused = _parameters((4, 4), (4, 4))
+    used.grad = torch.randn(4, 4)
+    before = unused.detach().clone()
+    Muon([used, unused], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(unused, before)
+    with pytest.raises(ValueError, match=r"not shape \(4,\): give it to AdamW"):
+        Muon(_parameters((4,)), lr=0.1)
