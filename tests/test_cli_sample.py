@@ -62,11 +62,11 @@ def test_every_kept_picture_is_a_png_with_its_settings(drawn: Path) -> None:
 
 
 def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_path: Path) -> None:
-    launch = "-m accelerate.commands.launch --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = "-m accelerate.commands.launch --config_file configs/accelerate/cpu2.yaml --main_process_port 0"
     options = ["--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--out", tmp_path]
     options += ["--candidates", 6, "--keep", 2, "--seed", 5, "--top-p", 0.9, "--top-k", 30]
     done = subprocess.run(
-        [sys.executable, *launch.split(), "--cpu", "--main_process_port", "0", "sample.py", *map(str, options)],
+        [sys.executable, *launch.split(), "sample.py", *map(str, options)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -75,6 +75,7 @@ def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pictures per second") == 1, "every process reported"
+    assert "by 2 processes" in done.stdout
     expected, found = _results(drawn), _results(tmp_path)
     for theirs, ours in zip(expected, found, strict=True):
         assert {**theirs, "clip_score": 0, "log_ratio": 0} == {**ours, "clip_score": 0, "log_ratio": 0}

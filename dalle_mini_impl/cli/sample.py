@@ -42,12 +42,14 @@ def sample(
     """
     texts = read_prompts(prompt, prompts)
     # Imported here: --help must not wait for torch.
+    import torch
     from accelerate import PartialState
 
     from dalle_mini_impl.pipeline import TextToImage, check_counts
 
     keep = check_counts(candidates, keep)
-    state = PartialState()
+    # Accelerate has to be told of CPUs, or processes on them stay strangers to each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     model = TextToImage.from_pretrained(checkpoint, state.device)
     settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     if state.is_main_process:
@@ -65,7 +67,8 @@ def sample(
     seconds = time.perf_counter() - started
     if state.is_main_process:
         drawn = len(texts) * candidates
-        typer.echo(f"{drawn} pictures in {seconds:.1f} s: {drawn / seconds:.2f} pictures per second")
+        shared = f" by {state.num_processes} processes" if state.num_processes > 1 else ""
+        typer.echo(f"{drawn} pictures in {seconds:.1f} s{shared}: {drawn / seconds:.2f} pictures per second")
         typer.echo(f"{num_kept} kept, ranked by {model.ranked_by}: {out / 'sheet.png'}")
 
 
