@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_mini_impl.layers.attention import Attention, KVCache, attend
-from dalle_mini_impl.layers.blocks import Block, FeedForward
+from dalle_mini_impl.layers.blocks import Block, FeedForward, squared_relu
 from dalle_mini_impl.layers.rope import rotate, stream_angles
 from dalle_mini_impl.stream import Stream
 from tests.tiny import randomize
@@ -180,3 +180,9 @@ def test_a_fresh_block_is_the_identity_and_dropout_ends_with_training() -> None:
     assert not torch.equal(block(x), block(x))
     block.eval()
     assert torch.equal(block(x), block(x))
+
+
+def test_squared_relu_has_the_gradient_of_its_formula() -> None:
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(squared_relu, (x,))
+    assert torch.equal(squared_relu(x), torch.relu(x).square())
