@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from tiny import tiny_checkpoint
 
 from dalle_mini_impl.cli.app import VERBS, main
 from dalle_mini_impl.sheet import read_metadata
+from tests.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red circle", "two/../small \N{SNOWMAN} stars"]

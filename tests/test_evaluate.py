@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_checkpoint
 from torch import Tensor
 
 from dalle_mini_impl.cli.evaluate import evaluate
 from dalle_mini_impl.data.scenes import Scene, render
 from dalle_mini_impl.data.shapes import held_out_scenes
 from dalle_mini_impl.evaluate import Share, evaluate_shapes, vae_ceiling
+from tests.tiny import tiny_checkpoint
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
 
 from dalle_mini_impl.pipeline import TextToImage, rank
 from dalle_mini_impl.pretrained import checkpoint_hash
+from tests.tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
 
 PROMPT = "a red circle"
 

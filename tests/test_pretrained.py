@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
 
 from dalle_mini_impl import pretrained
 from dalle_mini_impl.pretrained import checkpoint_hash, load_bundle, resolve, save_bundle
 from dalle_mini_impl.text import TextTokenizer
+from tests.tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from tiny import TINY_CAPTIONS, tiny_bundle
 
 from dalle_mini_impl.rerank import best_of_n, best_of_n_curve, rank_pictures, score_pairs
+from tests.tiny import TINY_CAPTIONS, tiny_bundle
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7])

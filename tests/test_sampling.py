@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import TINY_CAPTIONS, tiny_bundle
 from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
@@ -27,6 +26,7 @@ from dalle_mini_impl.sampling import (
     sample_tokens,
     stream_tokens,
 )
+from tests.tiny import TINY_CAPTIONS, tiny_bundle
 
 PROMPT = "a red circle"
 GUIDED = SamplingConfig(guidance=3.0, top_p=0.95)
