@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import VAEConfig
+
+SOFTNESS = 0.05
+"""Temperature of the soft assignment, in cosine similarity, by which the use of codes is balanced."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class VectorQuantizer(Quantizer):
         self.decay = config.codebook_decay
         self.dead_share = config.dead_code_share
         self.commitment_weight = config.commitment_weight
+        self.balance_weight = config.balance_weight
         codebook = F.normalize(torch.randn(self.num_codes, config.code_dim), dim=1)
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_counts", torch.zeros(self.num_codes))
@@ -90,9 +95,11 @@ class VectorQuantizer(Quantizer):
         codes = self.codebook[ids]
         if self.training:
             self._update(rows.detach(), ids, generator)
-        loss = self.commitment_weight * F.mse_loss(rows, codes) * rows.shape[1]
+        losses = {"commitment": self.commitment_weight * F.mse_loss(rows, codes) * rows.shape[1]}
+        if self.balance_weight:
+            losses["balance"] = self.balance_weight * self._imbalance(rows)
         straight = rows + (codes - rows).detach()
-        return Quantized(_grid(straight * self.scale, batch, height), ids.view(batch, -1), {"commitment": loss})
+        return Quantized(_grid(straight * self.scale, batch, height), ids.view(batch, -1), losses)
 
     def ids(self, latents: Tensor) -> Tensor:
         """Nearest codes."""
@@ -104,6 +111,11 @@ class VectorQuantizer(Quantizer):
 
     def _nearest(self, rows: Tensor) -> Tensor:
         return (rows @ self.codebook.t()).argmax(dim=1)
+
+    def _imbalance(self, rows: Tensor) -> Tensor:
+        """ln K minus the entropy of the batch's mean soft assignment, 0-d nats: 0 where all codes are used alike."""
+        mean = (rows @ self.codebook.t() / SOFTNESS).softmax(dim=1).mean(dim=0)  # (K,)
+        return math.log(self.num_codes) + (mean * mean.clamp(min=1e-12).log()).sum()
 
     def _start(self, rows: Tensor, generator: torch.Generator | None) -> None:
         self.codebook.copy_(_random_rows(rows, self.num_codes, generator))
