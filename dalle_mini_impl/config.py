@@ -64,7 +64,7 @@ class TextConfig(Section):
     max_length: Annotated[int, Field(ge=4, le=1024)] = 64
     """Most text tokens a caption may take, begin and end included."""
     fit_length: bool = True
-    """Shorten the text part of the stream to what 99.5 % of the captions need (a multiple of 8)."""
+    """Shorten the text part of the stream to what 99.5 % of the captions need (an even number)."""
     bpe_dropout: Share = 0.1
     """Probability of segmentation sampling while training; 0 always gives the best segmentation."""
 

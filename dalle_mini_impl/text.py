@@ -189,13 +189,13 @@ class TextTokenizer:
     def suggest_text_length(self, captions: Iterable[str], config: TextConfig) -> int:
         """Text slots for a model of these captions: config.max_length, or less where config.fit_length allows it.
 
-        Fitted, it is what 99.5 % of the captions need, rounded up to a multiple of 8: at least 8, at most max_length.
+        Fitted, it is what 99.5 % of the captions need, rounded up to an even number: at least 8, at most max_length.
         """
         lengths = self.lengths(captions) if config.fit_length else np.empty(0, dtype=np.int64)
         if not config.fit_length or not lengths.size:
             return config.max_length
         needed = float(np.quantile(lengths, 0.995, method="higher"))
-        return min(max(8, 8 * math.ceil(needed / 8)), config.max_length)
+        return min(max(8, 2 * math.ceil(needed / 2)), config.max_length)
 
     def _plain(self, word: str) -> tuple[int, ...]:
         """Best segmentation of a word, remembered; no piece reaches over white space, so words don't interact."""

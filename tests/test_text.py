@@ -158,9 +158,9 @@ def test_saved_and_pickled_tokenizers_are_the_same(tokenizer: TextTokenizer, tmp
 
 def test_text_length_fits_the_captions(tokenizer: TextTokenizer) -> None:
     captions = [*CAPTIONS[:399], " ".join(CAPTIONS[:10])]
-    assert tokenizer.suggest_text_length(captions, TextConfig()) == 16
-    assert tokenizer.num_cut(captions, 16) == 1
-    assert tokenizer.suggest_text_length(captions, TextConfig(max_length=12)) == 12
+    assert tokenizer.suggest_text_length(captions, TextConfig()) == 12
+    assert tokenizer.num_cut(captions, 12) == 1
+    assert tokenizer.suggest_text_length(captions, TextConfig(max_length=10)) == 10
     assert tokenizer.suggest_text_length(captions, TextConfig(fit_length=False)) == 64
     assert tokenizer.suggest_text_length(["red"], TextConfig()) == 8
     assert tokenizer.suggest_text_length([], TextConfig()) == 64
