@@ -118,7 +118,8 @@ def test_the_reconstruction_trains_the_encoder_through_the_codes(quantizer: str)
 
 @pytest.mark.parametrize("quantizer", KINDS)
 def test_the_loss_is_a_mean_over_the_batch(quantizer: str) -> None:
-    vae = _vae(quantizer).eval()  # evaluation: no codebook moves and no noise is drawn between the two
+    # In evaluation no codebook moves and no noise is drawn; the balance of codes is a matter of the whole batch.
+    vae = _vae(quantizer, balance_weight=0.0).eval()
     images = _images(4)
     whole = vae.loss(images)[0].item()
     parts = [vae.loss(images[i : i + 1])[0].item() for i in range(4)]
@@ -267,6 +268,19 @@ def test_dead_codes_restart_from_encoder_outputs() -> None:
     assert (vq.codebook @ rows.t()).amax(dim=1).min() > 0.8  # no code is left behind
     counts = torch.bincount(vq.ids(_latents(rows))[0], minlength=16)
     assert usage_and_perplexity(counts)[1] > 8
+
+
+def test_the_balance_term_is_zero_for_even_use_and_pushes_a_collapsed_encoder_apart() -> None:
+    vq = _vq(codebook_size=4, balance_weight=1.0).eval()
+    vq.codebook.copy_(torch.eye(4))
+    even = vq(_latents(torch.eye(4).repeat(5, 1)), 1.0).losses["balance"].item()
+    assert even == pytest.approx(0.0, abs=1e-4)
+    latents = _latents(torch.tensor([[1.0, 0.1, 0.2, 0.3]]).repeat(20, 1)).requires_grad_()
+    collapsed = vq(latents, 1.0).losses["balance"]
+    assert collapsed.item() == pytest.approx(math.log(4), abs=1e-3)
+    (gradient,) = torch.autograd.grad(collapsed, latents)
+    assert (gradient[0, 0] > 0).all() and (gradient[0, 1:] < 0).any()  # away from the one code in use
+    assert "balance" not in _vq(balance_weight=0.0).eval()(latents, 1.0).losses
 
 
 def test_evaluation_and_half_precision_leave_the_codebook_alone() -> None:
