@@ -18,7 +18,7 @@ from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.rope import stream_angles
-from dalle_mini_impl.stream import PAD, Stream
+from dalle_mini_impl.stream import NULL, PAD, Stream
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,18 @@ class DALLE(nn.Module):
     def forward(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits of every next token.
 
-        text_ids: (B, T) int64. image_ids: (B, n) int64, the first n ≤ N tokens of the pictures; a last one beyond
-        N - 1 is not read. view: (B,) int64 view ids, default the plain view 0.
-        Returns text logits (B, T - 1, text_vocab) of text ids 1 … T-1 and image logits (B, min(n + 1, N),
+        text_ids: (B, t) int64, captions that all take t slots (see `Stream.groups`). image_ids: (B, n) int64, the
+        first n ≤ N tokens of the pictures; a last one beyond N - 1 is not read. view: (B,) int64 view ids, default
+        the plain view 0.
+        Returns text logits (B, t - 1, text_vocab) of text ids 1 … t-1 and image logits (B, min(n + 1, N),
         image_vocab) of image ids 0 … n.
         """
         self.stream.check_text(text_ids)
         self.stream.check_image(image_ids)
-        hidden = self._trunk(self._embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view))
-        first = self.stream.first_image_output
+        num_slots = text_ids.shape[1]
+        x = self._embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view)
+        hidden = self._trunk(x, self.stream.text_length - num_slots)
+        first = num_slots - 1  # the output of the last text slot
         return self.text_head(hidden[:, :first]), self.image_head(hidden[:, first:])
 
     def loss(
@@ -118,34 +121,50 @@ class DALLE(nn.Module):
         expected = (text_ids.shape[0], self.stream.num_image_tokens)
         if tuple(image_ids.shape) != expected:
             raise ValueError(f"image_ids have shape {tuple(image_ids.shape)}; expected {expected}, whole pictures")
-        text_logits, image_logits = self(text_ids, image_ids if inputs is None else inputs, view)
-        is_null = (text_ids == self.stream.null_caption().to(text_ids.device)).all(dim=1, keepdim=True)
-        targets = text_ids[:, 1:].masked_fill(is_null, PAD)  # (B, T - 1)
-        text = F.cross_entropy(text_logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum")
-        image = F.cross_entropy(image_logits.float().flatten(0, 1), image_ids.flatten(), reduction="sum")
-        return DALLELosses(
-            text_nll_sum=text,
-            num_text=(targets != PAD).sum(),
-            image_nll_sum=image,
-            num_image=torch.tensor(image_ids.numel(), device=image_ids.device),
-        )
+        parts = []
+        inputs = image_ids if inputs is None else inputs
+        for rows, text in self.stream.groups(text_ids):
+            ids, view_ids = image_ids[rows], None if view is None else view[rows]
+            text_logits, image_logits = self(text, inputs[rows], view_ids)
+            targets = text[:, 1:].masked_fill(text[:, :1] == NULL, PAD)  # (n, t - 1)
+            parts.append(
+                (
+                    F.cross_entropy(
+                        text_logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"
+                    ),
+                    (targets != PAD).sum(),
+                    F.cross_entropy(image_logits.float().flatten(0, 1), ids.flatten(), reduction="sum"),
+                    torch.tensor(ids.numel(), device=ids.device),
+                )
+            )
+        return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
+
+    def log_likelihood(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        """log p(picture | caption) in nats, (B,) fp32, of captions (B, T) and whole pictures (B, N)."""
+        result = torch.empty(len(image_ids), device=image_ids.device)
+        for rows, text in self.stream.groups(text_ids):
+            logits = self(text, image_ids[rows])[1].float()  # (n, N, V)
+            nll = F.cross_entropy(logits.transpose(1, 2), image_ids[rows], reduction="none")
+            result[rows] = -nll.sum(dim=1)
+        return result
 
     def prefill(
         self, text_ids: Tensor, view: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, KVCache]:
-        """Reads captions (B, T) once; returns the logits (B, image_vocab) of image id 0 and the filled KV cache."""
+        """Reads captions (B, t) of t slots once; returns logits (B, image_vocab) of image id 0 and the filled cache."""
         self.stream.check_text(text_ids)
-        batch, device = text_ids.shape[0], text_ids.device
+        (batch, num_slots), device = text_ids.shape, text_ids.device
         cache = KVCache.allocate(
             len(self.blocks),
             batch,
             self.config.heads,
-            self.stream.num_inputs,
+            num_slots + self.stream.num_image_tokens - 1,
             self.config.dim // self.config.heads,
             device=device,
             dtype=dtype or self.image_head.weight.dtype,
         )
-        hidden = self._trunk(self._embed(text_ids, text_ids[:, :0], view), cache)
+        hidden = self._trunk(self._embed(text_ids, text_ids[:, :0], view), self.stream.text_length - num_slots, cache)
+        cache.prompt_length = num_slots
         logits: Tensor = self.image_head(hidden[:, -1])
         return logits, cache
 
@@ -153,15 +172,15 @@ class DALLE(nn.Module):
         """Logits (B, image_vocab) of image id `index` ≥ 1, given image id index - 1 as previous_ids (B,)."""
         if not 1 <= index < self.stream.num_image_tokens:
             raise ValueError(f"image token {index} can't be decoded: pick 1 to {self.stream.num_image_tokens - 1}")
-        if cache.length != self.stream.text_length + index - 1:
+        if cache.length != cache.prompt_length + index - 1:
             raise ValueError(
-                f"image token {index} needs a cache of {self.stream.text_length + index - 1} tokens; "
+                f"image token {index} needs a cache of {cache.prompt_length + index - 1} tokens; "
                 f"this one has {cache.length}"
             )
         x = self.image_embedding(previous_ids) + self._target_embedding(index, index + 1)  # (B, dim)
         if self.view_embedding is not None:
             x = x + self._view(previous_ids, view)
-        hidden = self._trunk(x[:, None], cache)
+        hidden = self._trunk(x[:, None], self.stream.text_length + index - 1, cache)
         logits: Tensor = self.image_head(hidden[:, -1])
         return logits
 
@@ -175,11 +194,11 @@ class DALLE(nn.Module):
     ) -> Tensor:
         """Samples pictures token by token without any cache: the reference for every fast path.
 
-        text_ids: (B, T). choose: takes logits (B, image_vocab) and the token's index, returns ids (B,).
+        text_ids: (B, t), of t slots. choose: takes logits (B, image_vocab) and the token's index, returns ids (B,).
         guidance: the guidance scale at an index; logits become null + scale × (conditional - null).
         Returns image ids (B, N). Inputs are never written to.
         """
-        null_ids = self.stream.null_caption().to(text_ids.device).expand_as(text_ids)
+        null_ids = torch.full_like(text_ids, NULL)
         image_ids = text_ids[:, :0]
         for index in range(self.stream.num_image_tokens):
             logits = self(text_ids, image_ids, view)[1][:, -1].float()
@@ -191,9 +210,11 @@ class DALLE(nn.Module):
         return image_ids
 
     def _embed(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None) -> Tensor:
-        """Input vectors (B, T + n, dim) of a caption and the first n < N image tokens."""
+        """Input vectors (B, t + n, dim) of captions of t slots and the first n < N image tokens."""
         is_pad = (text_ids == PAD).unsqueeze(-1)
-        text = torch.where(is_pad, self.text_pad.weight, self.text_embedding(text_ids) + self.text_position.weight)
+        slots = slice(text_ids.shape[1])
+        words = self.text_embedding(text_ids) + self.text_position.weight[slots]
+        text = torch.where(is_pad, self.text_pad.weight[slots], words)
         x = torch.cat([text, self.image_embedding(image_ids)], dim=1)
         num_outputs = image_ids.shape[1] + 1
         targets = self._target_embedding(0, num_outputs)  # (n + 1, dim)
@@ -217,11 +238,10 @@ class DALLE(nn.Module):
         embedding: Tensor = self.view_embedding(view)
         return embedding
 
-    def _trunk(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Runs the blocks over (B, L, dim), behind the tokens in the cache."""
-        start = cache.length if cache is not None else 0
-        rope = (self.rope_cos[start : start + x.shape[1]], self.rope_sin[start : start + x.shape[1]])
+    def _trunk(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
+        """Runs the blocks over (B, L, dim), whose first token stands in slot `start`, behind those in the cache."""
         length = x.shape[1]
+        rope = (self.rope_cos[start : start + length], self.rope_sin[start : start + length])
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, None, cache, layer)
         if cache is not None:

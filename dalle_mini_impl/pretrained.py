@@ -65,6 +65,7 @@ def make_stream(recipe: Recipe, tokenizer: TextTokenizer, text_length: int) -> S
         grid_size=recipe.grid_size,
         text_vocab=tokenizer.vocab_size,
         image_vocab=recipe.vae.num_codes,
+        slot_step=recipe.text.slot_step,
     )
 
 

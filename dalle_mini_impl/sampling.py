@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.noise import gumbel_noise, noise_key
+from dalle_mini_impl.stream import NULL
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of tokens drawn so far and in all."""
@@ -105,13 +105,17 @@ def stream_tokens(
 ) -> Iterator[Partial]:
     """Draws a batch of pictures, yielding after each token.
 
-    text_ids: (P, T) captions, read once each. prompts: their P texts, which key the noise. rows: (prompt index,
-    candidate number) of each picture. Raises ValueError for a model in training mode or rows without a prompt.
+    text_ids: (P, T) captions that take the same slots, read once each. prompts: their P texts, which key the noise.
+    rows: (prompt index, candidate number) of each picture. Raises ValueError for a model in training mode, rows
+    without a prompt, or captions of different slots (`sample_rows` sorts those).
     """
     _check(dalle, text_ids, prompts, rows)
     if not rows:
         return iter(())
-    return _decode(dalle, text_ids, _Noise.of(dalle, prompts, rows, seed), settings)
+    groups = dalle.stream.groups(text_ids)
+    if len(groups) > 1:
+        raise ValueError(f"captions take {[ids.shape[1] for _, ids in groups]} slots; draw each kind on its own")
+    return _decode(dalle, groups[0][1], _Noise.of(dalle, prompts, rows, seed), settings)
 
 
 def sample_rows(
@@ -138,22 +142,22 @@ def sample_rows(
     num_tokens = dalle.stream.num_image_tokens
     ids = torch.empty((len(rows), num_tokens), dtype=torch.long)
     ratios = torch.zeros(len(rows))
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        used = sorted({prompt for prompt, _ in batch})
-        place = {prompt: index for index, prompt in enumerate(used)}
-        own_rows = [(place[prompt], candidate) for prompt, candidate in batch]
+    done = 0
+    for batch in _micro_batches(dalle, text_ids, rows, batch_size):
+        used = sorted({rows[place][0] for place in batch})
+        own_rows = [(used.index(rows[place][0]), rows[place][1]) for place in batch]
         own_prompts = [prompts[prompt] for prompt in used]
         for partial in stream_tokens(dalle, text_ids[used], own_prompts, own_rows, seed=seed, settings=settings):
             if progress is not None:
-                progress(first * num_tokens + len(batch) * partial.index, len(rows) * num_tokens)
-        ids[first : first + len(batch)] = partial.ids
+                progress(done + len(batch) * partial.index, len(rows) * num_tokens)
+        done += len(batch) * num_tokens
+        ids[batch] = partial.ids.cpu()
         if log_ratio:
-            captions = text_ids[[prompt for prompt, _ in batch]]
+            captions = text_ids[[rows[place][0] for place in batch]]
             ratio = (
                 log_likelihood_ratio(dalle, captions, partial.ids) if partial.log_ratio is None else partial.log_ratio
             )
-            ratios[first : first + len(batch)] = ratio
+            ratios[batch] = ratio.cpu()
     return Samples(ids=ids, log_ratio=ratios if log_ratio else None)
 
 
@@ -217,11 +221,11 @@ def log_likelihood_ratio(dalle: DALLE, text_ids: Tensor, image_ids: Tensor, batc
     """Σ log p(x | caption) - log p(x | null), (n,) float32, of pictures (n, N) with captions (n, T)."""
     device = dalle.image_head.weight.device
     text_ids, image_ids = text_ids.to(device), image_ids.to(device)
-    null = dalle.stream.null_caption().to(device)
     ratios = []
     for first in range(0, len(image_ids), batch_size):
         text, image = text_ids[first : first + batch_size], image_ids[first : first + batch_size]
-        ratios.append(_log_likelihood(dalle, text, image) - _log_likelihood(dalle, null.expand_as(text), image))
+        null = dalle.stream.null_captions(text)
+        ratios.append(dalle.log_likelihood(text, image) - dalle.log_likelihood(null, image))
     return torch.cat(ratios) if ratios else torch.zeros(0)
 
 
@@ -231,6 +235,17 @@ def fitting_batch_size(dalle: DALLE, settings: SamplingConfig) -> int:
     branches = 1 if settings.guidance == 1.0 else 2
     row_bytes = 2 * branches * config.layers * config.dim * stream.num_inputs * dalle.image_head.weight.element_size()
     return max(1, min(_MAX_BATCH_SIZE, _CACHE_BYTES // row_bytes))
+
+
+def _micro_batches(
+    dalle: DALLE, text_ids: Tensor, rows: Sequence[tuple[int, int]], batch_size: int
+) -> Iterator[list[int]]:
+    """Places in `rows` that are drawn together: at most batch_size, of captions that take the same slots."""
+    slots = dalle.stream.num_slots(text_ids).tolist()
+    for wanted in sorted(set(slots)):
+        places = [place for place, (prompt, _) in enumerate(rows) if slots[prompt] == wanted]
+        for first in range(0, len(places), batch_size):
+            yield places[first : first + batch_size]
 
 
 class _Noise:
@@ -262,10 +277,10 @@ def _decode(dalle: DALLE, text_ids: Tensor, noise: _Noise, settings: SamplingCon
     """
     num_tokens, num_rows = dalle.stream.num_image_tokens, len(noise.owners)
     device, guided = noise.owners.device, settings.guidance != 1.0
-    captions, batch_rows = text_ids.to(device), noise.owners
+    captions, batch_rows = text_ids.to(device), noise.owners  # (P, t)
     if guided:
         batch_rows = torch.cat([noise.owners, torch.full_like(noise.owners, len(captions))])
-        captions = torch.cat([captions, dalle.stream.null_caption().to(device)[None]])
+        captions = torch.cat([captions, torch.full_like(captions[:1], NULL)])
     logits, cache = dalle.prefill(captions)  # (P + 1, V)
     logits, cache = logits[batch_rows], cache.select(batch_rows)
     ids = torch.empty((num_rows, num_tokens), dtype=torch.long, device=device)
@@ -284,12 +299,6 @@ def _decode(dalle: DALLE, text_ids: Tensor, noise: _Noise, settings: SamplingCon
             difference = conditional.log_softmax(dim=-1) - null.log_softmax(dim=-1)
             log_ratio = log_ratio + difference.gather(1, ids[:, index : index + 1])[:, 0]
         yield Partial(ids=ids[:, : index + 1], index=index + 1, log_ratio=log_ratio)
-
-
-def _log_likelihood(dalle: DALLE, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-    """Σ log p(x | text) in nats, (n,), of whole pictures (n, N)."""
-    logits = dalle(text_ids, image_ids)[1].float()  # (n, N, V)
-    return -F.cross_entropy(logits.transpose(1, 2), image_ids, reduction="none").sum(dim=1)
 
 
 def _check(dalle: DALLE, text_ids: Tensor, prompts: Sequence[str], rows: Sequence[tuple[int, int]]) -> None:

@@ -2,9 +2,13 @@
 
 This is the only file that knows offsets. Text and image ids live in separate vocabularies, so an id is never shifted.
 
-With T text slots and N image slots (a row-major square grid) the transformer reads T + N - 1 tokens: all text and
-all image tokens but the last. The output at text slot t predicts text id t + 1; the output at the last text slot
+With t ≤ T text slots and N image slots (a row-major square grid) the transformer reads t + N - 1 tokens: all text and
+all image tokens but the last. The output at text slot j predicts text id j + 1; the output at the last text slot
 predicts the first image id; the output at image slot i predicts image id i + 1.
+
+A caption takes as many slots as it needs, rounded up to a multiple of `slot_step`, whatever it is batched with: short
+captions are cheap, and no attention mask is needed. Text slots are counted back from the grid, so positions of
+picture tokens don't depend on the caption. Captions travel as (B, T) ids padded with PAD; `groups` sorts them.
 """
 
 from __future__ import annotations
@@ -23,15 +27,17 @@ NUM_SPECIAL = 5
 class Stream:
     """The shape of one model's token stream.
 
-    text_length: T, slots of the caption with its begin and end.
+    text_length: T, most slots of a caption with its begin and end.
     grid_size: side of the square grid of image tokens; N = grid_size².
     text_vocab, image_vocab: sizes of the two vocabularies.
+    slot_step: captions take a multiple of this many slots, or T; None means always T.
     """
 
     text_length: int
     grid_size: int
     text_vocab: int
     image_vocab: int
+    slot_step: int | None = None
 
     def __post_init__(self) -> None:
         if self.text_length < 2 or self.grid_size < 1:
@@ -51,13 +57,8 @@ class Stream:
 
     @property
     def num_inputs(self) -> int:
-        """Tokens the transformer reads for a whole picture: T + N - 1."""
+        """Most tokens the transformer reads for a picture: T + N - 1."""
         return self.text_length + self.num_image_tokens - 1
-
-    @property
-    def first_image_output(self) -> int:
-        """Index of the output that predicts image id 0: that of the last text slot."""
-        return self.text_length - 1
 
     def text_positions(self) -> Tensor:
         """Positions of the text slots, (T,) int64: 0 … T-1."""
@@ -69,8 +70,25 @@ class Stream:
         return torch.stack([cell // self.grid_size, cell % self.grid_size], dim=1)
 
     def null_caption(self) -> Tensor:
-        """The caption that says nothing, (T,) int64: it stands for a dropped or missing caption."""
+        """The caption that says nothing, in all T slots, (T,) int64: it stands for a missing caption."""
         return torch.full((self.text_length,), NULL, dtype=torch.long)
+
+    def num_slots(self, text_ids: Tensor) -> Tensor:
+        """Slots that each of the captions (B, T) takes, (B,) int64."""
+        step = self.slot_step or self.text_length
+        needed = (text_ids != PAD).sum(dim=1).clamp(min=1)
+        return ((needed + step - 1) // step * step).clamp(max=self.text_length)
+
+    def groups(self, text_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Captions (B, T) sorted by their slots t: (row numbers (n,), ids (n, t)) of each t in use."""
+        slots = self.num_slots(text_ids)
+        rows = [(slots == t).nonzero()[:, 0] for t in sorted(set(slots.tolist()))]
+        return [(row, text_ids[row, : int(slots[row[0]])]) for row in rows]
+
+    def null_captions(self, text_ids: Tensor) -> Tensor:
+        """Captions that say nothing, in the slots that each of the captions (B, T) takes; (B, T) int64."""
+        is_slot = torch.arange(self.text_length, device=text_ids.device) < self.num_slots(text_ids)[:, None]
+        return torch.where(is_slot, NULL, PAD)
 
     def fit_caption(self, pieces: list[int]) -> tuple[list[int], bool]:
         """Frames a caption's pieces as BOS … EOS, cut and padded to T slots; also tells whether it was cut."""
@@ -79,9 +97,11 @@ class Stream:
         return ids + [PAD] * (self.text_length - len(ids)), len(pieces) > room
 
     def check_text(self, text_ids: Tensor) -> None:
-        """Raises ValueError unless text_ids is (B, T)."""
-        if text_ids.ndim != 2 or text_ids.shape[1] != self.text_length:
-            raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}; expected (B, {self.text_length})")
+        """Raises ValueError unless text_ids is (B, t) with t ≤ T slots."""
+        if text_ids.ndim != 2 or not 1 <= text_ids.shape[1] <= self.text_length:
+            raise ValueError(
+                f"text_ids have shape {tuple(text_ids.shape)}; expected (B, t) with t at most {self.text_length}"
+            )
 
     def check_image(self, image_ids: Tensor) -> None:
         """Raises ValueError unless image_ids is (B, n) with 0 ≤ n ≤ N."""

@@ -26,7 +26,7 @@ from dalle_mini_impl.sampling import (
     sample_tokens,
     stream_tokens,
 )
-from tests.tiny import TINY_CAPTIONS, tiny_bundle
+from tests.tiny import TINY_CAPTIONS, randomize, tiny_bundle
 
 PROMPT = "a red circle"
 GUIDED = SamplingConfig(guidance=3.0, top_p=0.95)
@@ -313,8 +313,25 @@ def test_bad_requests_are_explained(bundle: Bundle, dalle: DALLE, text: Tensor) 
     with pytest.raises(ValueError, match=r"row \(1, 0\)"):
         sample_rows(dalle, text[None], [PROMPT], [(1, 0)], seed=0, settings=GUIDED)
     with pytest.raises(ValueError, match="text_ids have shape"):
-        sample_tokens(dalle, text[:-1], [0], seed=0, prompt=PROMPT, settings=GUIDED)
+        sample_tokens(dalle, text.repeat(2), [0], seed=0, prompt=PROMPT, settings=GUIDED)
     training = tiny_bundle().dalle
     assert training is not None
     with pytest.raises(ValueError, match="training mode"):
         sample_tokens(training.train(), text, [0], seed=0, prompt=PROMPT, settings=GUIDED)
+
+
+def test_prompts_of_any_length_draw_in_one_call_what_they_draw_alone(bundle: Bundle) -> None:
+    stream = replace(bundle.stream, slot_step=4)
+    dalle = DALLE(bundle.recipe.dalle, stream).eval()
+    randomize(dalle)
+    prompts = [PROMPT, "red", "a red circle to the left of a blue square on a gray background"]
+    text, _ = bundle.tokenizer.batch(prompts, stream.text_length)
+    assert len(stream.groups(text)) > 1
+    together = sample_many(dalle, text, prompts, [0, 1], seed=3, settings=GUIDED)
+    for index, prompt in enumerate(prompts):
+        alone = sample_tokens(dalle, text[index], [0, 1], seed=3, prompt=prompt, settings=GUIDED)
+        assert torch.equal(together.ids[2 * index : 2 * index + 2], alone.ids)
+        assert together.log_ratio is not None and alone.log_ratio is not None
+        assert torch.allclose(together.log_ratio[2 * index : 2 * index + 2], alone.log_ratio, atol=1e-4)
+    with pytest.raises(ValueError, match="slots; draw each kind on its own"):
+        stream_tokens(dalle, text, prompts, [(0, 0)], seed=3, settings=GUIDED)

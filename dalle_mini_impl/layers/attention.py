@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,15 @@ from dalle_mini_impl.layers.rope import rotate
 
 @dataclass
 class KVCache:
-    """Keys and values of every layer, preallocated: two tensors (layers, B, H, capacity, D) and the filled length."""
+    """Keys and values of every layer, preallocated: two tensors (layers, B, H, capacity, D).
+
+    length: tokens that are filled. prompt_length: how many of them were there before the first decoded one.
+    """
 
     keys: Tensor
     values: Tensor
     length: int = 0
+    prompt_length: int = 0
 
     @classmethod
     def allocate(
@@ -46,7 +50,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> KVCache:
         """A new cache whose row i is row rows[i] of this one; rows (n,) int64, repeats allowed."""
-        return KVCache(keys=self.keys[:, rows], values=self.values[:, rows], length=self.length)
+        return replace(self, keys=self.keys[:, rows], values=self.values[:, rows])
 
     def expand(self, copies: int) -> KVCache:
         """A new cache with each row repeated `copies` times in a run: prefill once, draw many candidates."""

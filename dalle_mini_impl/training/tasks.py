@@ -212,7 +212,7 @@ class DALLETask(_Task):
         self.data, self.recipe, self.tokenizer, self.cache, self.vae = data, recipe, tokenizer, cache, vae
         self.stream: Stream = model.stream
         self.num_items = len(data.train)
-        self.units_per_item = self.stream.num_inputs
+        self.units_per_item = self.stream.num_image_tokens
         self.held_out = evaluation.held_out(data)
         self.floor = unigram_nll(cache.counts(data.train), cache.counts(self.held_out))
 
@@ -224,17 +224,21 @@ class DALLETask(_Task):
         views = np.array([rng.integers(self.cache.num_views) for rng in rngs], dtype=np.int64)
         ids = self.cache.ids(indices, views)
         text = []
+        is_dropped = torch.tensor([rng.random() < config.caption_dropout for rng in rngs])
         for index, rng in zip(indices, rngs, strict=True):
             captions = self.data.captions[index]
-            dropped = rng.random() < config.caption_dropout
-            caption = None if dropped or not captions else pick_caption(captions, rng)
+            caption = pick_caption(captions, rng) if captions else None
             text.append(encode(self.tokenizer, caption, self.stream.text_length, self.recipe.text.bpe_dropout, rng))
+            if caption is None:  # the null caption has to be learned in every number of slots
+                text[-1][int(rng.integers(1, self.stream.text_length + 1)) :] = PAD
+        text_ids = torch.stack(text)
+        text_ids = torch.where(is_dropped[:, None], self.stream.null_captions(text_ids), text_ids)
         inputs = ids.clone()
         for row, rng in enumerate(rngs if config.token_corruption else []):
             replaced = torch.from_numpy(rng.random(ids.shape[1]) < config.token_corruption)
             random_ids = torch.from_numpy(rng.integers(self.stream.image_vocab, size=ids.shape[1]))
             inputs[row] = torch.where(replaced, random_ids, inputs[row])
-        return {"text": torch.stack(text), "ids": ids, "inputs": inputs, "view": torch.from_numpy(views)}
+        return {"text": text_ids, "ids": ids, "inputs": inputs, "view": torch.from_numpy(views)}
 
     def counts(self, batch: Batch) -> Tensor:
         """Text tokens that are predicted (no padding, no null captions) and image tokens."""
