@@ -68,7 +68,8 @@ def check_unchanged(
     out: Path,
 ) -> None:
     """Raises ValueError that lists what differs from the run in `out`, but for sections of stages not begun yet."""
-    theirs = {**note["recipe"], "data source": note["data"], "init-from": note["init_from"]}
+    # Parsed, so that a run begun before a setting existed is not another run: it gets the setting's default.
+    theirs = {**_dump(Recipe.parse(note["recipe"])), "data source": note["data"], "init-from": note["init_from"]}
     init_from = init_from if init_from is not None else note["init_from"]
     ours = {**_dump(recipe), "data source": data_spec, "init-from": init_from}
     free = ("name", "sampling.", *(f"{stage}." for stage in untouched), *(f"train.{stage}." for stage in untouched))
