@@ -9,53 +9,50 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.config import STAGES, Recipe, Stage
 from dalle_mini_impl.pretrained import Bundle
 
 logger = logging.getLogger("dalle_mini_impl.training")
 
-TRAINING_KEYS: dict[Stage, frozenset[str]] = {
+ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
+    "data": frozenset({"image_size", "fit", "views"}),
+    "text": frozenset({"vocab_size", "max_length", "fit_length", "slot_step"}),
     "vae": frozenset(
         {
-            "codebook_decay",
-            "dead_code_share",
-            "commitment_weight",
-            "kl_weight",
-            "kl_warmup",
-            "temperature_final",
-            "temperature_anneal",
-            "l1_weight",
-            "l2_weight",
-            "ssim_weight",
-            "laplacian_weight",
+            "downsample",
+            "patch",
+            "width",
+            "latent_width",
+            "encoder_blocks",
+            "decoder_blocks",
+            "quantizer",
+            "codebook_size",
+            "code_dim",
+            "fsq_levels",
+            "reconstruction",
         }
     ),
-    "clip": frozenset({"loss", "reconstructed_share"}),
-    "dalle": frozenset({"dropout", "token_corruption", "caption_dropout", "text_loss_weight"}),
+    "clip": frozenset({"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss"}),
+    "dalle": frozenset({"dim", "layers", "heads", "ffn", "ffn_multiple"}),
 }
-"""Keys of the model sections that don't change what the weights mean: fine-tuning may choose them anew."""
+"""Keys that say what a checkpoint's weights, ids and slots mean: fine-tuning takes them over, and no others."""
 
 
 def adopt_architecture(recipe: Recipe, bundle: Bundle) -> Recipe:
-    """The recipe with the checkpoint's picture size, views, text section and model sections, as fine-tuning needs it.
+    """The recipe with the architecture keys of a checkpoint, as fine-tuning needs it.
 
-    Training keys of the model sections stay the recipe's own. What is taken over against the recipe's word is logged.
+    Model sections whose model the checkpoint hasn't got stay the recipe's. What is taken over against the recipe's
+    word is logged.
     """
     theirs = bundle.recipe
-    sections: dict[str, Any] = {
-        "data": recipe.data.model_copy(
-            update={"image_size": theirs.data.image_size, "views": theirs.data.views, "fit": theirs.data.fit}
-        ),
-        "text": theirs.text.model_copy(update={"bpe_dropout": recipe.text.bpe_dropout}),
-    }
-    for stage, free in TRAINING_KEYS.items():
-        if getattr(bundle, stage) is None:
-            continue
-        kept = {key: getattr(getattr(recipe, stage), key) for key in free if key != "loss" or stage != "clip"}
-        sections[stage] = getattr(theirs, stage).model_copy(update=kept)
+    sections: dict[str, Any] = {}
+    for section, keys in ARCHITECTURE_KEYS.items():
+        if section not in STAGES or getattr(bundle, section) is not None:
+            taken = {key: getattr(getattr(theirs, section), key) for key in keys}
+            sections[section] = getattr(recipe, section).model_copy(update=taken)
     adopted = recipe.model_copy(update=sections)
-    for key, (own, taken) in differences(_dump(recipe), _dump(adopted)).items():
-        logger.info("%s = %s is the checkpoint's (the recipe says %s)", key, taken, own)
+    for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():
+        logger.info("%s = %s is the checkpoint's (the recipe says %s)", key, adopted_value, own)
     return Recipe.parse(adopted.model_dump(mode="json"))
 
 

@@ -1,0 +1,85 @@
+"""Fine-tuning takes over what a checkpoint's weights mean, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dalle_mini_impl.config import Recipe, Section
+from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, adopt_architecture
+from tests.tiny import tiny_bundle
+
+ALWAYS_THE_RECIPES_OWN = {"name", "seed", "train", "sampling"}
+TRAINING_KEYS: dict[str, frozenset[str]] = {
+    "data": frozenset({"validation_fraction", "image_column", "caption_column", "min_side_px", "max_megapixels"}),
+    "text": frozenset({"bpe_dropout"}),
+    "vae": frozenset(
+        {
+            "quantize_after",
+            "codebook_decay",
+            "dead_code_share",
+            "commitment_weight",
+            "balance_weight",
+            "kl_weight",
+            "kl_warmup",
+            "temperature_final",
+            "temperature_anneal",
+            "l1_weight",
+            "l2_weight",
+            "ssim_weight",
+            "laplacian_weight",
+        }
+    ),
+    "clip": frozenset({"reconstructed_share"}),
+    "dalle": frozenset({"dropout", "token_corruption", "caption_dropout", "text_loss_weight"}),
+}
+"""A new key of a recipe belongs here if a checkpoint means the same whatever its value, else to ARCHITECTURE_KEYS."""
+
+
+def fields(section: str) -> set[str]:
+    model: Any = Recipe.model_fields[section].annotation
+    assert issubclass(model, Section)
+    return set(model.model_fields)
+
+
+def test_no_config_key_is_forgotten_when_fine_tuning() -> None:
+    assert set(Recipe.model_fields) == {*ARCHITECTURE_KEYS, *ALWAYS_THE_RECIPES_OWN}
+    assert ARCHITECTURE_KEYS.keys() == TRAINING_KEYS.keys()
+    for section, architecture in ARCHITECTURE_KEYS.items():
+        assert architecture | TRAINING_KEYS[section] == fields(section), section
+        assert not architecture & TRAINING_KEYS[section], section
+
+
+def changed(value: Any, key: str) -> Any:
+    """Another valid value of a recipe's key."""
+    special = {
+        "quantizer": "fsq", "reconstruction": "logit_laplace", "ffn": "swiglu", "fit": "pad", "loss": "siglip",
+        "views": ["plain", "flip"], "fsq_levels": [4, 4], "patch": 4, "downsample": 8,
+        "image_column": "picture", "caption_column": "words", "validation_fraction": 0.3,
+    }  # fmt: skip
+    if key in special:
+        return special[key]
+    if isinstance(value, bool):
+        return not value
+    return value * 2 if isinstance(value, int) else (value or 0.5) / 2
+
+
+@pytest.mark.parametrize("section", ARCHITECTURE_KEYS)
+def test_each_key_comes_from_the_side_it_belongs_to(section: str) -> None:
+    bundle = tiny_bundle()
+    values = bundle.recipe.model_dump(mode="json")
+    values[section] = {key: changed(value, key) for key, value in values[section].items()}
+    recipe = Recipe.parse(values)
+    adopted = getattr(adopt_architecture(recipe, bundle), section)
+    for key in fields(section):
+        side = bundle.recipe if key in ARCHITECTURE_KEYS[section] else recipe
+        assert getattr(adopted, key) == getattr(getattr(side, section), key), key
+
+
+def test_models_that_a_checkpoint_lacks_are_the_recipes_own() -> None:
+    bundle = replace(tiny_bundle(), dalle=None)
+    recipe = Recipe.parse(bundle.recipe.model_dump(mode="json"), ["dalle.dim=64", "vae.width=16"])
+    adopted = adopt_architecture(recipe, bundle)
+    assert (adopted.dalle.dim, adopted.vae.width) == (64, bundle.recipe.vae.width)
