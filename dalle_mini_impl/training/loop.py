@@ -129,6 +129,7 @@ class StageTrainer:
         if math.isfinite(norm.item()):  # the step's one wait for the device: a skipped step must leave no trace
             for optimizer in self.optimizers:
                 optimizer.step()
+            self.task.after_step(self.task.model, self._generator())
             self.ema.update(self.task.model)
             self.skipped_in_a_row = 0
             self.running.add({**metrics, "grad_norm": norm})
@@ -149,9 +150,8 @@ class StageTrainer:
         total = self.plan.total_steps
         metrics: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(micro_batches):
-            seed = derive_seed(self.seed, self.task.stage, self.step, accelerator.process_index, index)
-            torch.manual_seed(seed)  # dropout has no other source of randomness
-            generator = torch.Generator(accelerator.device).manual_seed(seed)
+            generator = self._generator(accelerator.process_index, index)
+            torch.manual_seed(generator.initial_seed())  # dropout has no other source of randomness
             context = StepContext(counts, self.step / total if total else 0.0, generator)
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
@@ -160,6 +160,11 @@ class StageTrainer:
             for name, value in {"loss": loss, **parts}.items():
                 metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
         return metrics
+
+    def _generator(self, *part: int) -> torch.Generator:
+        """Random numbers of this step, or of one part of it."""
+        seed = derive_seed(self.seed, self.task.stage, self.step, *part)
+        return torch.Generator(self.accelerator.device).manual_seed(seed)
 
     def _skip(self) -> None:
         """Notes a step whose gradient is not finite; raises RuntimeError after a few in a row."""

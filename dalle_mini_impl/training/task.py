@@ -68,6 +68,12 @@ class Task(Protocol):
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the global batch's loss and metrics: they add up over all micro-batches."""
 
+    def after_step(self, model: nn.Module, generator: torch.Generator) -> None:
+        """What the model learns without a gradient, after each step that was taken (not after one that was skipped).
+
+        generator: the step's own random numbers, the same on every process.
+        """
+
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """Metrics on held-out pictures, the same on every process; may write pictures."""
 

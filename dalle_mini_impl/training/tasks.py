@@ -34,6 +34,9 @@ class _Task:
         """Nothing has to be known ahead."""
         return micro_batches
 
+    def after_step(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Gradients taught it all."""
+
 
 class VAETask(_Task):
     """Pictures, mirrored or not, through the discrete VAE and back."""
@@ -60,6 +63,11 @@ class VAETask(_Task):
         """Pictures."""
         return torch.tensor([len(batch["pixels"])], dtype=torch.float64)
 
+    def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
+        """Where the batch is cut up in time, a first pass of the encoder measures how all of it uses the codes."""
+        cast(DiscreteVAE, model).before_step([images_from_pixels(batch["pixels"]) for batch in micro_batches])
+        return micro_batches
+
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """The VAE's own loss, weighted by this micro-batch's share of the pictures."""
         vae = cast(DiscreteVAE, model)
@@ -67,6 +75,10 @@ class VAETask(_Task):
         share = (len(images) / context.counts[0]).float()
         loss, terms = vae.loss(images, context.progress, context.generator)
         return loss * share, {name: term * share for name, term in terms.items()}
+
+    def after_step(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Moves the codebook of vq by what the whole step's encoder outputs were."""
+        cast(DiscreteVAE, model).after_step(generator)
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """Hard-reconstruction PSNR and SSIM, use of the codebook; writes originals beside reconstructions."""

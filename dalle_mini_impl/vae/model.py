@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +69,13 @@ class DiscreteVAE(nn.Module):
     def loss(
         self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar training loss, a mean over the batch, and its terms (0-d, detached)."""
+        """The scalar training loss, a mean over the batch, and its terms (0-d, detached).
+
+        While training, what the codebook of vq has seen is kept for `after_step`.
+        """
         output = self(images, progress, generator)
+        if self.training:
+            self.quantizer.observe(output.quantized)
         terms = dict(output.quantized.losses)
         if "kl" in terms:  # nats a picture; the reconstruction terms are means over values
             terms["kl"] = terms["kl"] / images[0].numel()
@@ -80,6 +86,23 @@ class DiscreteVAE(nn.Module):
             terms |= mixed_loss(images.float(), output.reconstruction, self.config)
         total = torch.stack(list(terms.values())).sum()
         return total, {name: term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def before_step(self, micro_batches: Sequence[Tensor] = ()) -> None:
+        """To be called before the losses of an optimizer step; drops what a skipped step has left behind.
+
+        micro_batches: the step's pictures (b, 3, S, S), where they are cut up in time, so that the losses of the parts,
+        weighted by their sizes, add up to that of the whole.
+        """
+        several = micro_batches if len(micro_batches) > 1 else ()
+        self.quantizer.before_step(self.encoder(self._check(images)).float() for images in several)
+
+    def after_step(self, generator: torch.Generator | None = None) -> None:
+        """To be called after each optimizer step that was taken: moves the codebook of vq, on all ranks together.
+
+        generator: the step's random numbers, the same on every rank.
+        """
+        self.quantizer.after_step(generator)
 
     def _pictures(self, raw: Tensor) -> Tensor:
         """Pictures from the decoder's fp32 output: nominally in [0, 1]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +19,15 @@ SOFTNESS = 0.05
 
 @dataclass(frozen=True)
 class Quantized:
-    """vectors: (B, C, H, W) for the decoder. ids: (B, H × W) int64. losses: named 0-d terms of the training loss."""
+    """vectors: (B, C, H, W) for the decoder. ids: (B, H × W) int64. losses: named 0-d terms of the training loss.
+
+    rows: (B × H × W, C), what a codebook may learn from, without gradient; None where there is nothing to learn.
+    """
 
     vectors: Tensor
     ids: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None
 
 
 class Quantizer(nn.Module):
@@ -33,8 +38,27 @@ class Quantizer(nn.Module):
     out_channels: int
 
     def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
-        """Quantizes latents (B, in_channels, H, W) for training; progress is the share of the run that is done."""
+        """Quantizes latents (B, in_channels, H, W) for training; progress is the share of the run that is done.
+
+        It changes nothing: what is learned without a gradient waits for `after_step`.
+        """
         raise NotImplementedError
+
+    def before_step(self, micro_batches: Iterable[Tensor] = ()) -> None:
+        """Begins an optimizer step; what was observed in one that was skipped is forgotten.
+
+        micro_batches: the step's latents (b, in_channels, H, W) where they will be quantized part by part. They are
+        only computed if losses of the parts need to know the whole.
+        """
+
+    def observe(self, quantized: Quantized) -> None:
+        """Keeps what `after_step` needs of one part of a step's batch; parts come in the batch's order."""
+
+    def after_step(self, generator: torch.Generator | None) -> None:
+        """Learns, without a gradient, from all that was observed in an optimizer step, on all ranks together.
+
+        generator: the step's random numbers, the same on every rank.
+        """
 
     def ids(self, latents: Tensor) -> Tensor:
         """Hard ids (B, H × W) int64 of latents (B, in_channels, H, W)."""
@@ -58,9 +82,11 @@ def _grid(rows: Tensor, batch: int, height: int) -> Tensor:
 class VectorQuantizer(Quantizer):
     """Nearest neighbour on the unit sphere, codes kept by EMA, dead codes restarted (VQ-VAE-2, ViT-VQGAN).
 
-    The codebook starts from the first batch's encoder outputs; a code whose EMA count falls below
-    `dead_code_share` of the uniform count is moved onto a random encoder output of the batch. The EMA forgets faster
-    over its first updates, because the encoder moves fast there and unused codes must not wait for their restart.
+    Once `quantize_after` of the run is done, a step's encoder outputs become the codebook, and the next step quantizes.
+    A code whose EMA count falls below `dead_code_share` of the uniform count is moved onto a random encoder output of
+    the step. The EMA forgets faster over its first updates, because the encoder moves fast there and unused codes must
+    not wait for their restart. All parts of a step see the same codebook, and how the step's batch was cut up, over
+    ranks or in time, doesn't change what becomes of it.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -82,24 +108,24 @@ class VectorQuantizer(Quantizer):
         self.ema_counts: Tensor
         self.ema_sums: Tensor
         self.updates: Tensor
+        self._observed: list[tuple[Tensor, Tensor]] = []  # rows and ids of a step
+        self._code_use: Tensor | None = None  # (K,), of a whole step
 
     def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
-        """Straight-through quantization; while training, also moves the codebook."""
+        """Straight-through quantization; unquantized while training has no codebook yet."""
         batch, _, height, _ = latents.shape
         rows = F.normalize(_rows(latents), dim=1)
-        if self.training and progress < self.start and not bool(self.updates):
-            return Quantized(_grid(rows * self.scale, batch, height), self._nearest(rows.detach()).view(batch, -1))
+        detached = rows.detach()
+        ids = self._nearest(detached)
         if self.training and not bool(self.updates):
-            self._start(rows.detach(), generator)
-        ids = self._nearest(rows.detach())
+            to_learn = detached if progress >= self.start else None
+            return Quantized(_grid(rows * self.scale, batch, height), ids.view(batch, -1), rows=to_learn)
         codes = self.codebook[ids]
-        if self.training:
-            self._update(rows.detach(), ids, generator)
         losses = {"commitment": self.commitment_weight * F.mse_loss(rows, codes) * rows.shape[1]}
         if self.balance_weight:
             losses["balance"] = self.balance_weight * self._imbalance(rows)
         straight = rows + (codes - rows).detach()
-        return Quantized(_grid(straight * self.scale, batch, height), ids.view(batch, -1), losses)
+        return Quantized(_grid(straight * self.scale, batch, height), ids.view(batch, -1), losses, detached)
 
     def ids(self, latents: Tensor) -> Tensor:
         """Nearest codes."""
@@ -109,46 +135,108 @@ class VectorQuantizer(Quantizer):
         """The codes themselves."""
         return _grid(self.codebook[ids.flatten()] * self.scale, ids.shape[0], height)
 
+    @torch.no_grad()
+    def before_step(self, micro_batches: Iterable[Tensor] = ()) -> None:
+        """Where a step is quantized part by part, measures the use of codes that the balance term needs."""
+        self._observed.clear()
+        self._code_use = None
+        if not self.balance_weight or not bool(self.updates):
+            return
+        total, num_rows = torch.zeros_like(self.ema_counts), 0
+        for latents in micro_batches:
+            rows = F.normalize(_rows(latents), dim=1)
+            total += self._soft(rows) * len(rows)
+            num_rows += len(rows)
+        if num_rows:
+            self._code_use = _sum_over_ranks(total) / (num_rows * _world_size())
+
+    def observe(self, quantized: Quantized) -> None:
+        """Keeps encoder outputs and their codes."""
+        if quantized.rows is not None:
+            self._observed.append((quantized.rows, quantized.ids.flatten()))
+
+    @torch.no_grad()
+    def after_step(self, generator: torch.Generator | None) -> None:
+        """Starts the codebook, or moves it and restarts its dead codes."""
+        if not self._observed:
+            return
+        rows, ids = (torch.cat(parts) for parts in zip(*self._observed, strict=True))
+        self._observed.clear()
+        self._code_use = None
+        counts = torch.bincount(ids, minlength=self.num_codes).to(rows.dtype)
+        sums = torch.zeros_like(self.codebook).index_add_(0, ids, rows)
+        fresh = _random_rows(rows, self.num_codes, generator)
+        together = _sum_over_ranks(torch.cat([counts[:, None], sums, fresh], dim=1))
+        counts, sums, fresh = together[:, 0], *together[:, 1:].chunk(2, dim=1)
+        fresh = _apart(fresh, generator)
+        if bool(self.updates):
+            self._move(counts, sums, fresh)
+        else:
+            self.codebook.copy_(fresh)
+            self.ema_counts.fill_(counts.sum() / self.num_codes)
+            self.ema_sums.copy_(fresh * self.ema_counts[:, None])
+        self.updates += 1
+
     def _nearest(self, rows: Tensor) -> Tensor:
         return (rows @ self.codebook.t()).argmax(dim=1)
 
+    def _soft(self, rows: Tensor) -> Tensor:
+        """Mean soft assignment (K,) of rows (n, C)."""
+        return (rows @ self.codebook.t() / SOFTNESS).softmax(dim=1).mean(dim=0)
+
     def _imbalance(self, rows: Tensor) -> Tensor:
-        """ln K minus the entropy of the batch's mean soft assignment, 0-d nats: 0 where all codes are used alike."""
-        mean = (rows @ self.codebook.t() / SOFTNESS).softmax(dim=1).mean(dim=0)  # (K,)
-        return math.log(self.num_codes) + (mean * mean.clamp(min=1e-12).log()).sum()
+        """ln K minus the entropy of the global batch's mean soft assignment, 0-d nats: 0 where codes are used alike.
 
-    def _start(self, rows: Tensor, generator: torch.Generator | None) -> None:
-        self.codebook.copy_(_random_rows(rows, self.num_codes, generator))
-        self.ema_counts.fill_(rows.shape[0] / self.num_codes)
-        self.ema_sums.copy_(self.codebook * self.ema_counts[:, None])
+        An entropy is no mean over rows, so that those of micro-batches don't add up. This does, and has its value and
+        its gradient: the cross-entropy of the rows' own assignments with the global batch's, held fixed.
+        """
+        own = self._soft(rows)
+        use = self._code_use if self.training else None
+        if use is None:
+            use = own.detach()
+            if self.training and _world_size() > 1:
+                use = _sum_over_ranks(use.clone()) / _world_size()
+        return math.log(self.num_codes) + (own * use.clamp(min=1e-12).log()).sum()
 
-    def _update(self, rows: Tensor, ids: Tensor, generator: torch.Generator | None) -> None:
-        counts = torch.bincount(ids, minlength=self.num_codes).to(rows.dtype)
-        sums = torch.zeros_like(self.codebook).index_add_(0, ids, rows)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        self.updates += 1
-        step = 1 - torch.minimum((self.updates + 1) / (self.updates + 10), torch.full_like(self.updates, self.decay))
+    def _move(self, counts: Tensor, sums: Tensor, fresh: Tensor) -> None:
+        """One EMA update by the counts (K,) and sums (K, C) of a step; dead codes become fresh ones (K, C)."""
+        updates = self.updates + 1
+        step = 1 - torch.minimum((updates + 1) / (updates + 10), torch.full_like(updates, self.decay))
         self.ema_counts.lerp_(counts, step)
         self.ema_sums.lerp_(sums, step)
         uniform = self.ema_counts.sum() / self.num_codes
         dead = (self.ema_counts < self.dead_share * uniform)[:, None]
-        fresh = _random_rows(rows, self.num_codes, generator)
         self.ema_sums.copy_(torch.where(dead, fresh * uniform, self.ema_sums))
         self.ema_counts.copy_(torch.where(dead[:, 0], uniform, self.ema_counts))
         self.codebook.copy_(F.normalize(self.ema_sums, dim=1))
 
 
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if _world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def _random_rows(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` random rows, slightly moved so that no two are equal; every rank gets the first rank's."""
+    """This rank's part of `count` random rows of all ranks (each has equally many): its own rows, zeros for others'."""
     device = generator.device if generator is not None else rows.device
-    picks = torch.randint(rows.shape[0], (count,), generator=generator, device=device).to(rows.device)
-    noise = torch.randn(count, rows.shape[1], generator=generator, device=device).to(rows.device)
-    fresh = F.normalize(rows[picks] + 0.01 * noise, dim=1)
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast(fresh, src=0)
-    return fresh
+    picks = torch.randint(_world_size() * len(rows), (count,), generator=generator, device=device).to(rows.device)
+    chosen = rows[picks % len(rows)]
+    if _world_size() == 1:
+        return chosen
+    return chosen * (picks // len(rows) == dist.get_rank())[:, None]
+
+
+def _apart(rows: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Rows, slightly moved on the sphere so that no two are equal."""
+    device = generator.device if generator is not None else rows.device
+    noise = torch.randn(rows.shape, generator=generator, device=device).to(rows.device)
+    return F.normalize(rows + 0.01 * noise, dim=1)
 
 
 class FiniteScalarQuantizer(Quantizer):
