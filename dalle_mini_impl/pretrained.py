@@ -233,6 +233,7 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside `path` first, so that a killed process leaves the old file or the new one, never half of it."""
     part = path.with_name(f".{path.name}.part")
     write(part)
+    part.chmod(0o644)  # safetensors lets nobody but its owner read what it writes
     os.replace(part, path)
 
 

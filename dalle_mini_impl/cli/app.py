@@ -16,6 +16,7 @@ VERBS = {
     "train": "Train on captioned pictures, every stage in turn.",
     "rerank": "Rank a folder of pictures against a prompt, or plot quality against the number of candidates.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
+    "export": "Copy a checkpoint with its weights in 16 bits, to ship or to share.",
 }
 """Each verb is the function of its name in ``dalle_mini_impl.cli.<verb>``."""
 

@@ -1,0 +1,36 @@
+"""``dalle-mini export``: a checkpoint copied small, to ship or to share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A built-in name, a folder (a run's too) or a Hub id.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it may exist.")],
+    storage: Annotated[
+        Literal["fp16", "bf16", "fp32"], typer.Option(help="Type the weights are stored in; they load as fp32.")
+    ] = "fp16",
+    push_to: Annotated[str | None, typer.Option(help="Also upload it to this Hub id, OWNER/NAME.")] = None,
+) -> None:
+    """Copy a checkpoint with its weights stored in 16 bits, half the size; optionally upload it to the Hub.
+
+    Only what a checkpoint is made of is copied and uploaded: no training state, no data, no samples.
+    """
+    from dalle_mini_impl.pretrained import load_bundle, save_bundle
+
+    bundle = load_bundle(checkpoint)
+    save_bundle(bundle, folder, storage=storage)
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in {".json", ".model", ".safetensors", ".md"}]
+    for path in files:
+        typer.echo(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
+    if push_to is not None:
+        from huggingface_hub import HfApi
+
+        hub = HfApi()
+        hub.create_repo(push_to, exist_ok=True)
+        hub.upload_folder(repo_id=push_to, folder_path=folder, allow_patterns=[path.name for path in files])
+        typer.echo(f"uploaded to {push_to}: use it with --checkpoint {push_to}")

@@ -1,0 +1,36 @@
+"""An exported checkpoint is half the size and draws what its original draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.cli import app
+from dalle_mini_impl.pipeline import TextToImage
+from tests.tiny import tiny_checkpoint
+
+
+def _export(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        app.main(["export", *map(str, arguments)])
+    return int(stop.value.code or 0)
+
+
+def test_an_export_is_half_the_size_and_draws_nearly_the_same(tmp_path: Path) -> None:
+    original = tiny_checkpoint(tmp_path / "original")
+    assert _export(original, tmp_path / "copy") == 0
+    for name in ("dalle.safetensors", "clip.safetensors"):
+        sizes = [(folder / name).stat().st_size for folder in (original, tmp_path / "copy")]
+        assert sizes[1] < 0.65 * sizes[0], name
+    models = [TextToImage.from_pretrained(folder) for folder in (original, tmp_path / "copy")]
+    ids = models[0]("a red circle", candidates=1)[0].tokens[None]
+    first, second = (model.decode(ids) for model in models)
+    assert torch.allclose(first, second, atol=0.02) and second.dtype == torch.float32
+
+
+def test_exporting_nothing_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _export(tmp_path / "nowhere", tmp_path / "copy") == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()
