@@ -56,6 +56,14 @@ def vae_task(*overrides: str) -> VAETask:
     return VAETask(bundle.vae, data(), bundle.recipe)
 
 
+def vq_task(*overrides: str) -> VAETask:
+    """With a codebook that is in use already, and a balance term that matters."""
+    task = vae_task("vae.quantizer=vq", "vae.balance_weight=1", "vae.quantize_after=0", *overrides)
+    task.model.train()
+    step(task, 0, None)
+    return task
+
+
 def batch_of(task: Task, size: int = 12, step: int = 0) -> Batch:
     order = BatchOrder(task.num_items, size, seed=0)
     positions = order.positions(step)
@@ -76,7 +84,13 @@ def gradients(task: Task, batch: Batch, micro_batch_size: int | None) -> tuple[d
     return metrics, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("make", [vae_task, clip_task, lambda: clip_task("clip.loss=siglip"), dalle_task])
+def step(task: Task, number: int, micro_batch_size: int | None) -> None:
+    """A step without an optimizer: what it changes is learned without a gradient."""
+    gradients(task, batch_of(task, step=number), micro_batch_size)
+    task.after_step(task.model, torch.Generator().manual_seed(number))
+
+
+@pytest.mark.parametrize("make", [vae_task, vq_task, clip_task, lambda: clip_task("clip.loss=siglip"), dalle_task])
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_cutting_a_batch_up_changes_neither_loss_nor_gradient(make: Callable[[], Any], micro_batch_size: int) -> None:
     task = make()
@@ -87,6 +101,18 @@ def test_cutting_a_batch_up_changes_neither_loss_nor_gradient(make: Callable[[],
     assert whole.keys() == cut.keys()
     for name, gradient in whole.items():
         assert torch.allclose(cut[name], gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max().item() + 1e-7), name
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 5])
+def test_cutting_a_batch_up_changes_neither_start_nor_course_of_the_codebook(micro_batch_size: int) -> None:
+    whole, cut = (vae_task("vae.quantizer=vq", "vae.dead_code_share=0.5") for _ in range(2))
+    for number in range(4):
+        step(whole, number, None)
+        step(cut, number, micro_batch_size)
+        expected = whole.model.state_dict()
+        for name, value in cut.model.state_dict().items():
+            assert torch.allclose(value, expected[name], atol=1e-4), (name, number)
+    assert expected["quantizer.updates"].item() == 4
 
 
 @pytest.mark.parametrize("make", [vae_task, clip_task, dalle_task])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -25,6 +26,7 @@ from dalle_mini_impl.vae.model import DiscreteVAE
 from dalle_mini_impl.vae.quantizers import (
     FiniteScalarQuantizer,
     GumbelQuantizer,
+    Quantized,
     VectorQuantizer,
     usage_and_perplexity,
 )
@@ -108,6 +110,8 @@ def test_ids_are_row_by_row(quantizer: str) -> None:
 @pytest.mark.parametrize("quantizer", KINDS)
 def test_the_reconstruction_trains_the_encoder_through_the_codes(quantizer: str) -> None:
     vae = _vae(quantizer, commitment_weight=0.0, kl_weight=0.0).train()
+    vae.loss(_images(), progress=0.5)
+    vae.after_step()  # vq has a codebook from here on
     loss, terms = vae.loss(_images(), progress=0.5, generator=torch.Generator().manual_seed(0))
     loss.backward()
     assert loss.item() == pytest.approx(sum(term.item() for term in terms.values()))
@@ -138,6 +142,7 @@ def test_training_can_fit_a_picture(quantizer: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        vae.after_step(generator)
     assert loss.item() < 0.5 * first
     with torch.no_grad():
         better = psnr(images, vae.eval().decode(vae.encode(images))).mean()
@@ -201,26 +206,46 @@ def _unit_rows(count: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(count, 4, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
+def _step(vq: VectorQuantizer, latents: Tensor, progress: float = 1.0, generator: Any = None) -> Quantized:
+    """An optimizer step's part in the codebook."""
+    quantized: Quantized = vq(latents, progress)
+    vq.observe(quantized)
+    vq.after_step(generator)
+    return quantized
+
+
 def test_a_codebook_starts_from_encoder_outputs_once_quantizing_starts() -> None:
     vq = _vq(quantize_after=0.1, codebook_size=8)
     random_start = vq.codebook.clone()
     latents = _latents(3 * _unit_rows(50)).requires_grad_()
-    before = vq(latents, 0.05)
-    assert torch.equal(vq.codebook, random_start) and not before.losses
-    assert torch.allclose(before.vectors[0, :, 0].t(), 2 * _unit_rows(50), atol=1e-5)  # √4 long, not quantized
-    assert torch.equal(before.ids, vq.ids(latents))
-    vq(latents, 0.1)
-    started = vq.codebook.clone()
-    nearest = (started @ _unit_rows(50).t()).amax(dim=1)
+    for progress in (0.05, 0.1):  # at 0.1 the codebook isn't there before the end of the step
+        before = _step(vq, latents, progress)
+        assert not before.losses
+        assert torch.allclose(before.vectors[0, :, 0].t(), 2 * _unit_rows(50), atol=1e-5)  # √4 long, not quantized
+        assert torch.equal(vq.codebook, random_start) == (progress < 0.1)
+    nearest = (vq.codebook @ _unit_rows(50).t()).amax(dim=1)
     assert int(vq.updates) == 1 and nearest.min() > 0.9
-    vq(latents, 0.05)  # once started it never stops again
+    assert "commitment" in _step(vq, latents, 0.05).losses  # once started it never stops again
     assert int(vq.updates) == 2
 
 
 def test_quantizing_from_the_start_needs_no_share_of_the_run() -> None:
     vq = _vq(quantize_after=0.0)
+    _step(vq, _latents(_unit_rows(50)), 0.0)
     assert "commitment" in vq(_latents(_unit_rows(50)), 0.0).losses
-    assert int(vq.updates) == 1
+
+
+def test_a_step_that_was_skipped_leaves_no_trace_in_the_codebook() -> None:
+    vq = _vq(quantize_after=0.0)
+    _step(vq, _latents(_unit_rows(50)))
+    twin = copy.deepcopy(vq)
+    broken = vq(_latents(torch.full((50, 4), float("nan"))), 1.0)
+    assert torch.equal(vq.codebook, twin.codebook)  # quantizing alone changes nothing
+    vq.observe(broken)
+    for each in (vq, twin):
+        each.before_step()
+        _step(each, _latents(_unit_rows(50, seed=1)), generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in vq.state_dict().items())
 
 
 def test_codes_are_the_nearest_on_the_sphere_and_their_gradient_passes_straight() -> None:
@@ -241,7 +266,7 @@ def test_codes_are_the_nearest_on_the_sphere_and_their_gradient_passes_straight(
 
 def test_the_codebook_moves_as_a_slow_average_would() -> None:
     vq = _vq(quantize_after=0.0, codebook_size=3, codebook_decay=0.6, dead_code_share=0.0)
-    vq(_latents(_unit_rows(40)), 1.0, torch.Generator().manual_seed(0))
+    _step(vq, _latents(_unit_rows(40)), generator=torch.Generator().manual_seed(0))
     counts, sums, codebook = vq.ema_counts.clone(), vq.ema_sums.clone(), vq.codebook.clone()
     for update in range(2, 14):
         rows = _unit_rows(40, seed=update)
@@ -254,17 +279,17 @@ def test_the_codebook_moves_as_a_slow_average_would() -> None:
         counts = decay * counts + (1 - decay) * new_counts
         sums = decay * sums + (1 - decay) * new_sums
         codebook = sums / sums.norm(dim=1, keepdim=True)
-        vq(_latents(rows), 1.0)
+        _step(vq, _latents(rows))
         assert torch.allclose(vq.ema_counts, counts, atol=1e-4)
         assert torch.allclose(vq.codebook, codebook, atol=1e-4), update
 
 
 def test_dead_codes_restart_from_encoder_outputs() -> None:
     vq = _vq(quantize_after=0.0, codebook_size=16, dead_code_share=0.2, codebook_decay=0.5)
-    vq(_latents(_unit_rows(64)), 1.0)
+    _step(vq, _latents(_unit_rows(64)))
     rows = F.normalize(torch.tensor([1.0, 0, 0, 0]) + 0.3 * torch.randn(64, 4), dim=1)  # all moved to one corner
     for _ in range(12):
-        vq(_latents(rows), 1.0)
+        _step(vq, _latents(rows))
     assert (vq.codebook @ rows.t()).amax(dim=1).min() > 0.8  # no code is left behind
     counts = torch.bincount(vq.ids(_latents(rows))[0], minlength=16)
     assert usage_and_perplexity(counts)[1] > 8
@@ -294,10 +319,11 @@ def test_evaluation_and_half_precision_leave_the_codebook_alone() -> None:
 
 
 def test_a_trained_codebook_is_part_of_the_checkpoint() -> None:
-    vae, copy = _vae("vq", quantize_after=0.0).train(), _vae("vq")
+    vae, fresh = _vae("vq", quantize_after=0.0).train(), _vae("vq")
     vae.loss(_images())
-    assert copy.load_state_dict(vae.state_dict()) == _IncompatibleKeys([], [])
-    assert torch.equal(copy.eval().encode(_images()), vae.eval().encode(_images()))
+    vae.after_step()
+    assert fresh.load_state_dict(vae.state_dict()) == _IncompatibleKeys([], [])
+    assert torch.equal(fresh.eval().encode(_images()), vae.eval().encode(_images()))
 
 
 # --- fsq ---

@@ -65,7 +65,8 @@ class VAETask(_Task):
 
     def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
         """Where the batch is cut up in time, a first pass of the encoder measures how all of it uses the codes."""
-        cast(DiscreteVAE, model).before_step([images_from_pixels(batch["pixels"]) for batch in micro_batches])
+        cut_up = micro_batches if len(micro_batches) > 1 else []
+        cast(DiscreteVAE, model).before_step(images_from_pixels(batch["pixels"]) for batch in cut_up)
         return micro_batches
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:

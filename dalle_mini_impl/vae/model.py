@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -88,14 +88,13 @@ class DiscreteVAE(nn.Module):
         return total, {name: term.detach() for name, term in terms.items()}
 
     @torch.no_grad()
-    def before_step(self, micro_batches: Sequence[Tensor] = ()) -> None:
+    def before_step(self, micro_batches: Iterable[Tensor] = ()) -> None:
         """To be called before the losses of an optimizer step; drops what a skipped step has left behind.
 
         micro_batches: the step's pictures (b, 3, S, S), where they are cut up in time, so that the losses of the parts,
         weighted by their sizes, add up to that of the whole.
         """
-        several = micro_batches if len(micro_batches) > 1 else ()
-        self.quantizer.before_step(self.encoder(self._check(images)).float() for images in several)
+        self.quantizer.before_step(self.encoder(self._check(images)).float() for images in micro_batches)
 
     def after_step(self, generator: torch.Generator | None = None) -> None:
         """To be called after each optimizer step that was taken: moves the codebook of vq, on all ranks together.
