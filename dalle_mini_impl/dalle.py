@@ -178,8 +178,7 @@ class DALLE(nn.Module):
                 f"this one has {cache.length}"
             )
         x = self.image_embedding(previous_ids) + self._target_embedding(index, index + 1)  # (B, dim)
-        if self.view_embedding is not None:
-            x = x + self._view(previous_ids, view)
+        x = self._with_view(x, view)
         hidden = self._trunk(x[:, None], self.stream.text_length + index - 1, cache)
         logits: Tensor = self.image_head(hidden[:, -1])
         return logits
@@ -219,9 +218,7 @@ class DALLE(nn.Module):
         num_outputs = image_ids.shape[1] + 1
         targets = self._target_embedding(0, num_outputs)  # (n + 1, dim)
         x = x + F.pad(targets, (0, 0, x.shape[1] - num_outputs, 0))
-        if self.view_embedding is not None:
-            x = x + self._view(text_ids, view)[:, None]
-        return x
+        return self._with_view(x, view)
 
     def _target_embedding(self, start: int, end: int) -> Tensor:
         """Row plus column embedding, (end - start, dim), of the cells start … end - 1 that are being predicted."""
@@ -230,13 +227,19 @@ class DALLE(nn.Module):
         embedding: Tensor = self.target_row(cell // size) + self.target_column(cell % size)
         return embedding
 
-    def _view(self, ids: Tensor, view: Tensor | None) -> Tensor:
-        """View embeddings (B, dim); the plain view unless told otherwise."""
-        assert self.view_embedding is not None
+    def _with_view(self, x: Tensor, view: Tensor | None) -> Tensor:
+        """x (B, …, dim) plus the embeddings of view ids (B,), of the plain view unless told otherwise.
+
+        Raises ValueError where a model that knows one view only is asked for another.
+        """
+        if self.view_embedding is None:
+            if view is not None and bool(view.any()):
+                raise ValueError(f"view {int(view.max())} of a model that has only view 0: train with more data.views")
+            return x
         if view is None:
-            view = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
-        embedding: Tensor = self.view_embedding(view)
-        return embedding
+            view = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        embedding: Tensor = self.view_embedding(view)  # (B, dim)
+        return x + (embedding if x.ndim == 2 else embedding[:, None])
 
     def _trunk(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
         """Runs the blocks over (B, L, dim), whose first token stands in slot `start`, behind those in the cache."""

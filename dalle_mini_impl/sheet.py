@@ -17,6 +17,7 @@ Row = tuple[str, Sequence[tuple[Image.Image, str]]]
 
 CELL_PX, PADDING_PX, TITLE_PX, LABEL_PX = 128, 8, 16, 12
 METADATA_KEY = "dalle_mini"
+_SHEET = "sheet"
 _PAPER, _INK, _FAINT = "white", "#202020", "#707070"
 
 
@@ -87,6 +88,19 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"the settings inside {path} are no JSON object")
     return metadata
+
+
+def save_sheet(sheet: Image.Image, path: str | Path) -> None:
+    """Writes a sheet as a PNG that `is_sheet` recognises."""
+    save_png(sheet, path, {"kind": _SHEET})
+
+
+def is_sheet(path: str | Path) -> bool:
+    """Whether a file is a sheet of pictures written by `save_sheet`, rather than a picture."""
+    try:
+        return read_metadata(path).get("kind") == _SHEET
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def slug(text: str, max_bytes: int = 60) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,19 @@ def test_rerank_orders_a_folder(
     assert [line["rank"] for line in ranking] == [1, 2]
     assert ranking[0]["clip_score"] >= ranking[1]["clip_score"]
     assert (out / "sheet.png").is_file()
+
+
+def test_rerank_leaves_out_the_sheets_that_sample_and_rerank_wrote(
+    checkpoint: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(drawn, tmp_path / "drawn")
+    own = {path.name for path in folder.glob("*.png")} - {"sheet.png"}
+    shutil.copy(next(folder.glob("0*.png")), folder / "sheet-of-paper.png")  # a picture, whatever its name
+    for _ in range(2):
+        assert _run("rerank", folder, "--prompt", PROMPTS[0], "--checkpoint", checkpoint, "--out", folder) == 0
+        assert f"left out {folder / 'sheet.png'}" in capsys.readouterr().err
+        lines = (folder / "ranking.jsonl").read_text(encoding="utf-8").splitlines()
+        assert {Path(json.loads(line)["file"]).name for line in lines} == own | {"sheet-of-paper.png"}
 
 
 def test_the_curve_is_judged_by_somebody_else(

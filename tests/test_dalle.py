@@ -189,6 +189,19 @@ def test_views_change_pictures_and_the_plain_one_is_the_default() -> None:
     assert not torch.allclose(dalle(text, images, torch.ones(5, dtype=torch.long))[1], plain)
 
 
+def test_a_view_that_was_never_learned_is_refused() -> None:
+    dalle, text, images = _dalle(), _captions(), _images()
+    view = torch.tensor([0, 1, 0, 0, 0])
+    _, cache = dalle.prefill(text, torch.zeros_like(view))
+    for ask in (
+        lambda: dalle(text, images, view),
+        lambda: dalle.prefill(text, view),
+        lambda: dalle.decode_step(images[:, 0], 1, cache, view),
+    ):
+        with pytest.raises(ValueError, match="view 1 of a model that has only view 0"):
+            ask()
+
+
 def test_guidance_one_is_none_and_any_other_reaches_every_token() -> None:
     dalle, text = _dalle(), _captions()[:4]
     seen: dict[float | None, list[Tensor]] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache
 from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, split_batch
-from dalle_mini_impl.training.task import StepContext, Task
+from dalle_mini_impl.training.task import EvaluationContext, StepContext, Task
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask, shift_images
 from tests.tiny import TINY_CAPTIONS, tiny_bundle
 
@@ -212,6 +214,22 @@ def test_swapped_captions_read_differently() -> None:
     others = evaluation._other_captions(made, made.validation)
     assert set(others) == {24, 25, 26, 27, 28}  # 29 has no caption
     assert all(other != made.captions[index][0] for index, other in others.items())
+
+
+def test_a_caption_gain_that_cant_be_measured_is_not_zero(tmp_path: Path) -> None:
+    task = dalle_task()
+    context = EvaluationContext(Accelerator(cpu=True), tmp_path, step=1, dtype=None)
+
+    def measure() -> dict[str, float]:
+        with torch.no_grad():
+            return evaluation.likelihood(
+                cast(DALLE, task.model), task.data, task.held_out, task.tokenizer, task.cache, context
+            )
+
+    assert measure()["caption_gain"] != 0
+    for index in task.held_out:
+        task.data.captions[index] = ("a red circle",)
+    assert measure().keys() == {"image_nll", "image_bits", "text_nll"}
 
 
 def test_recall_counts_ties_against_the_model() -> None:

@@ -72,8 +72,10 @@ def evaluate(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if sheet is not None:
+        from dalle_mini_impl.sheet import save_sheet
+
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        _sheet(reports).save(sheet)
+        save_sheet(_sheet(reports), sheet)
     typer.echo(f"{len(PAIRS) * prompts * candidates} pictures in {seconds:.0f} s")
 
 

@@ -65,7 +65,7 @@ def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) ->
     """Prints the ranking and, with `out`, writes ranking.jsonl and sheet.png, the contact sheet of the best."""
     from PIL import Image
 
-    from dalle_mini_impl.sheet import contact_sheet
+    from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
     ranking = score_folder(bundle, folder, prompt)
     for score, path in ranking:
@@ -81,11 +81,13 @@ def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) ->
     cells: list[tuple[Image.Image, str]] = []
     for score, path in ranking[:_SHEET_PICTURES]:
         cells.append((Image.fromarray(_read(path, bundle)), f"{score:.3f} {path.name}"))
-    contact_sheet([(prompt, cells)]).save(out / "sheet.png")
+    save_sheet(contact_sheet([(prompt, cells)]), out / "sheet.png")
 
 
 def score_folder(bundle: Bundle, folder: Path, prompt: str) -> list[tuple[float, Path]]:
-    """CLIP scores of all pictures under a folder, best first; pictures that can't be read are named and left out.
+    """CLIP scores of all pictures under a folder, best first.
+
+    Pictures that can't be read, and sheets of pictures that were written by this package, are named and left out.
 
     Raises ValueError for a checkpoint without CLIP and for a folder without a readable picture.
     """
@@ -94,6 +96,7 @@ def score_folder(bundle: Bundle, folder: Path, prompt: str) -> list[tuple[float,
 
     from dalle_mini_impl.data.pictures import EXTENSIONS, PictureError
     from dalle_mini_impl.rerank import rank_pictures
+    from dalle_mini_impl.sheet import is_sheet
 
     if bundle.clip is None:
         raise ValueError(f"checkpoint {bundle.recipe.name!r} has no clip.safetensors: train its clip stage")
@@ -104,6 +107,9 @@ def score_folder(bundle: Bundle, folder: Path, prompt: str) -> list[tuple[float,
     for first in range(0, len(paths), _READ_AT_ONCE):
         arrays, read = [], []
         for path in paths[first : first + _READ_AT_ONCE]:
+            if is_sheet(path):
+                typer.echo(f"left out {path}: a sheet of pictures, no picture", err=True)
+                continue
             try:
                 arrays.append(_read(path, bundle))
                 read.append(path)

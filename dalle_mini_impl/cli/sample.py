@@ -128,7 +128,7 @@ def _write(
 ) -> int:
     """Writes PNGs, results.jsonl and the sheets as the pictures come; returns the number of pictures kept."""
     from dalle_mini_impl import __version__
-    from dalle_mini_impl.sheet import Row, contact_sheet
+    from dalle_mini_impl.sheet import Row, contact_sheet, save_sheet
 
     common = {
         "settings": settings.model_dump(),
@@ -145,10 +145,10 @@ def _write(
             num_kept += len(pictures)
             rows.append((pictures[0].prompt, [(picture.image, _label(picture)) for picture in pictures]))
             if len(rows) == _SHEET_ROWS:
-                contact_sheet(rows).save(_sheet_path(out, number))
+                save_sheet(contact_sheet(rows), _sheet_path(out, number))
                 rows = []
     if rows:
-        contact_sheet(rows).save(_sheet_path(out, number))
+        save_sheet(contact_sheet(rows), _sheet_path(out, number))
     return num_kept
 
 

@@ -17,7 +17,7 @@ from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache
 from dalle_mini_impl.sampling import sample_many
-from dalle_mini_impl.sheet import contact_sheet, reconstruction_sheet, to_pil
+from dalle_mini_impl.sheet import contact_sheet, reconstruction_sheet, save_sheet, to_pil
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training.batches import Indices
 from dalle_mini_impl.training.task import EvaluationContext
@@ -59,7 +59,7 @@ def reconstruct(vae: DiscreteVAE, data: PreparedData, indices: Indices, context:
         with context.autocast():
             decoded = vae.decode(vae.encode(images))
         context.folder.mkdir(parents=True, exist_ok=True)
-        reconstruction_sheet(images, decoded).save(context.folder / f"vae-{context.step:06d}.png")
+        save_sheet(reconstruction_sheet(images, decoded), context.folder / f"vae-{context.step:06d}.png")
     psnr, ssim = (sums[:2] / sums[2]).tolist()
     return {"psnr": psnr, "ssim": ssim, "codes_used": usage, "perplexity": perplexity, "num_codes": vae.num_codes}
 
@@ -134,7 +134,8 @@ def likelihood(
 ) -> dict[str, float]:
     """Nats and bits a token of plain pictures and their captions, and the caption gain.
 
-    Caption gain: nats an image token costs more under another picture's caption; 0 means captions are ignored.
+    Caption gain: nats an image token costs more under another picture's caption; 0 means captions are ignored. Left out
+    where no two captions differ.
     """
     device = context.accelerator.device
     others = _other_captions(data, indices)
@@ -155,12 +156,12 @@ def likelihood(
             sums[4:] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
     image, num_image, text_nll, num_text, gain, num_swapped = context.accelerator.reduce(sums, "sum").tolist()
     image_nll = image / num_image
-    return {
+    metrics = {
         "image_nll": image_nll,
         "image_bits": image_nll / math.log(2),
         "text_nll": text_nll / max(1, num_text),
-        "caption_gain": gain / max(1, num_swapped),
     }
+    return metrics | ({"caption_gain": gain / num_swapped} if num_swapped else {})
 
 
 def draw_samples(
@@ -214,7 +215,7 @@ def _write_sheet(
         labels = ["held out", *("" for _ in pictures)]
         rows.append((data.captions[index][0], list(zip(to_pil(torch.cat([original, pictures])), labels, strict=True))))
     context.folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows).save(context.folder / f"dalle-{context.step:06d}.png")
+    save_sheet(contact_sheet(rows), context.folder / f"dalle-{context.step:06d}.png")
 
 
 def _share(indices: Indices, context: EvaluationContext) -> Indices:

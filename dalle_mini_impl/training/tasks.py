@@ -262,7 +262,8 @@ class DALLETask(_Task):
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """text_loss_weight × mean over text tokens + the rest × mean over image tokens, both of the global batch."""
         dalle = cast(DALLE, model)
-        losses = dalle.loss(batch["text"], batch["ids"], batch["view"], batch["inputs"])
+        view = batch["view"] if dalle.num_views > 1 else None
+        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"])
         num_text, num_image = context.counts.float().clamp(min=1)
         loss = losses.total(self.recipe.dalle.text_loss_weight, num_text, num_image)
         return loss, {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
