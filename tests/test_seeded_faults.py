@@ -1,4 +1,4 @@
-"""A folder with every fault that real folders have is prepared to the end, and its report has the exact counts."""
+"""A folder with every fault that real folders have trains to the end, and its report has the exact counts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from pictures_on_disk import COLOURS, colour_of, encoded, picture, put
 from PIL import Image
 
-from dalle_mini_impl.config import DataConfig
+from dalle_mini_impl.cli.app import run_verb
+from dalle_mini_impl.config import STAGES, DataConfig
 from dalle_mini_impl.data.prepare import PreparedData, prepare
+from dalle_mini_impl.pretrained import load_bundle
+from tests.tiny import TINY_VALUES
 
 LONG = ("a very long caption " * 500)[:-1] + "!"
 FROG = "🐸 على يسار תפוח אדום 🍎👩‍👩‍👧"
@@ -58,10 +62,8 @@ def by_name(data: PreparedData, name: str) -> np.ndarray:
     return data.pictures[data.names.index(name)]
 
 
-def test_every_fault_is_counted_named_and_survived(tmp_path: Path) -> None:
-    root = write_faulty_folder(tmp_path / "faulty")
-    prepare(str(root), DataConfig(image_size=16), tmp_path / "data")
-    report = json.loads((tmp_path / "data" / "data-report.json").read_text())
+def check_report(path: Path) -> None:
+    report = json.loads(path.read_text())
     skipped = {reason: (found["count"], found["names"]) for reason, found in report["skipped"].items()}
     assert skipped == {
         "unreadable": (2, ["truncated.jpg", "zero_bytes.png"]),
@@ -73,6 +75,32 @@ def test_every_fault_is_counted_named_and_survived(tmp_path: Path) -> None:
     assert counts == {"pictures": 15, "kept": 10, "captioned": 9, "uncaptioned": 1, "captions": 10, "duplicates": 0}
     assert report["train"] + report["validation"] + report["test"] == 10 and report["train"] >= 1
     assert report["caption_length_characters"]["max"] == len(LONG) == 10_000
+
+
+def test_every_fault_is_counted_named_and_survived(tmp_path: Path) -> None:
+    root = write_faulty_folder(tmp_path / "faulty")
+    prepare(str(root), DataConfig(image_size=16), tmp_path / "data")
+    check_report(tmp_path / "data" / "data-report.json")
+
+
+def test_training_goes_on_to_the_end_whatever_the_folder_holds(tmp_path: Path) -> None:
+    root, out = write_faulty_folder(tmp_path / "faulty"), tmp_path / "run"
+    options = [f"{section}.{key}={value}" for section, part in TINY_VALUES.items() if isinstance(part, dict)
+               for key, value in part.items()]  # fmt: skip
+    for stage in STAGES:
+        options += [f"train.{stage}.{value}" for value in ("steps=2", "batch_size=4", "evaluations=1")]
+    overrides = [argument for option in options for argument in ("--set", option)]
+    with pytest.raises(SystemExit) as ended:
+        run_verb("train", ["--data", str(root), "--out", str(out), *overrides])
+    assert not ended.value.code
+    check_report(out / "data-report.json")
+    text = json.loads((out / "data-report.json").read_text())["text"]
+    data = PreparedData.open(out / "data")
+    own = [caption for index in data.train for caption in data.captions[index]]
+    assert (text["num_captions"], text["num_captions_cut"]) == (len(own), own.count(LONG) + own.count(FROG))
+    bundle = load_bundle(out)
+    assert bundle.vae is not None and bundle.clip is not None and bundle.dalle is not None
+    assert {stage: bundle.metadata["metrics"][stage]["steps"] for stage in STAGES} == dict.fromkeys(STAGES, 2)
 
 
 def test_odd_but_good_pictures_come_out_right(tmp_path: Path) -> None:
