@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from dalle_mini_impl.memory import keep_freed_memory
+
 VERBS = {
     "sample": "Draw pictures for prompts and rank them.",
     "train": "Train on captioned pictures, every stage in turn.",
@@ -53,6 +55,7 @@ def _load(verb: str) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        keep_freed_memory()
         try:
             return command(*args, **kwargs)
         except ValueError as error:
