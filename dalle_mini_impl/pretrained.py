@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from dalle_mini_impl import __version__
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import STAGES, Recipe
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.files import write_atomically, write_json
 from dalle_mini_impl.stream import Stream
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.vae.model import DiscreteVAE
@@ -98,11 +98,10 @@ def save_bundle(bundle: Bundle, folder: str | Path, *, storage: Storage = "fp32"
             path.unlink(missing_ok=True)
         else:
             tensors = _stored_tensors(model, _STORAGE_DTYPES[storage])
-            _write_atomically(path, lambda part, tensors=tensors: save_file(tensors, part))  # type: ignore[misc]
-    _write_atomically(folder / TOKENIZER, bundle.tokenizer.save)
-    _write_atomically(folder / CARD, lambda part: part.write_text(model_card(bundle), encoding="utf-8"))
-    config = json.dumps(_config(bundle), indent=2, ensure_ascii=False) + "\n"
-    _write_atomically(folder / CONFIG, lambda part: part.write_text(config, encoding="utf-8"))
+            write_atomically(path, lambda part, tensors=tensors: save_file(tensors, part))  # type: ignore[misc]
+    write_atomically(folder / TOKENIZER, bundle.tokenizer.save)
+    write_atomically(folder / CARD, lambda part: part.write_text(model_card(bundle), encoding="utf-8"))
+    write_json(folder / CONFIG, _config(bundle))
     return folder
 
 
@@ -227,14 +226,6 @@ def _stored_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         kept = tensor.dtype if name not in parameters or not tensor.is_floating_point() else dtype
         stored[name] = tensor.detach().to("cpu", kept, copy=True).contiguous()
     return stored
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside `path` first, so that a killed process leaves the old file or the new one, never half of it."""
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    part.chmod(0o644)  # safetensors lets nobody but its owner read what it writes
-    os.replace(part, path)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
+from dalle_mini_impl.files import naming
+
 Row = tuple[str, Sequence[tuple[Image.Image, str]]]
 """A title and the pictures under it, each with a label (may be empty)."""
 
@@ -72,7 +74,8 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any]) 
     """Writes a PNG with JSON metadata inside it, as a text chunk that `read_metadata` gives back."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-    image.save(path, format="PNG", pnginfo=info)
+    with naming(Path(path)):
+        image.save(path, format="PNG", pnginfo=info)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

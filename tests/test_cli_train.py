@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from dalle_mini_impl.cli.app import run_verb
 from dalle_mini_impl.pretrained import load_bundle
+from dalle_mini_impl.training.checkpoint import StateFolder
 from tests.tiny import tiny_recipe
 
 
@@ -55,3 +59,39 @@ def test_mistakes_are_told_in_one_line(
     assert run(*base, *arguments) == 2
     error = capfd.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_full_disk_is_told_in_one_line_and_costs_nothing_that_is_saved(
+    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["--config", str(toml), "--data", "shapes:count=30", "--out", str(out), "--stage", "vae"]
+    command += ["--set", "train.vae.steps=4", "--set", "train.vae.evaluations=4"]
+    saves = 0
+
+    def save(*arguments: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(*arguments)
+
+    original = torch.save
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        assert run(*command) == 1
+    error = capfd.readouterr().err
+    (line,) = (line for line in error.splitlines() if line.startswith("error:"))
+    assert "Traceback" not in error
+    for words in ("step-00000003.pt", "No space left on device", "free some space", "--resume goes on"):
+        assert words in line
+    assert StateFolder(out / "state" / "vae").load()["step"] == 2
+    assert run(*command, "--resume") == 0
+    assert load_bundle(out).metadata["metrics"]["vae"]["steps"] == 4
+
+
+def test_a_folder_that_cant_be_made_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert run("--data", "shapes:count=30", "--out", str(tmp_path / "file" / "run")) == 1
+    error = capfd.readouterr().err
+    assert f"error: {tmp_path / 'file'}" in error and "choose another name" in error and "Traceback" not in error

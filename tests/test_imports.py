@@ -15,7 +15,7 @@ import dalle_mini_impl
 ROOT = Path(dalle_mini_impl.__file__).parent
 PACKAGE = "dalle_mini_impl"
 LEVELS = [
-    {"config", "stream", "text", "memory"},
+    {"config", "stream", "text", "memory", "files"},
     {"layers", "noise"},
     {"vae", "dalle", "clip"},
     {"sampling", "data", "rerank", "search", "guided", "pretrained", "sheet"},

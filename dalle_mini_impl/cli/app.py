@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +23,14 @@ VERBS = {
     "export": "Copy a checkpoint with its weights in 16 bits, to ship or to share.",
 }
 """Each verb is the function of its name in ``dalle_mini_impl.cli.<verb>``."""
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some space, your quota is used up",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that you may read and write"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "choose another name"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,7 +60,10 @@ def _no_verb() -> None:
 
 
 def _load(verb: str) -> Callable[..., Any]:
-    """The verb's function; what is wrong with a user's input ends it with one clear message and exit status 2."""
+    """The verb's function, ended by one clear message where a person can help.
+
+    Exit status 2 says that something is wrong with the input, 1 that a file can't be read or written.
+    """
     command: Callable[..., Any] = getattr(import_module(f"dalle_mini_impl.cli.{verb}"), verb)
 
     @functools.wraps(command)
@@ -62,5 +75,19 @@ def _load(verb: str) -> Callable[..., Any]:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, one speaks
                 typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read our output has enough of it
+                raise
+            logging.getLogger("dalle_mini_impl").debug("where it happened", exc_info=True)
+            typer.echo(f"error: {_explain(error)}", err=True)
+            raise typer.Exit(1) from None
 
     return guarded
+
+
+def _explain(error: OSError) -> str:
+    """Which file, what is wrong with it, and what to do."""
+    parts = [str(error) if error.filename is None else f"{error.filename}: {error.strerror}"]
+    if error.errno in _REMEDIES:
+        parts.append(_REMEDIES[error.errno])
+    return "; ".join([*parts, *getattr(error, "__notes__", [])])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from dalle_mini_impl.cli.sample import progress_bar, read_prompts
 from dalle_mini_impl.data.checker import check_caption
 from dalle_mini_impl.data.shapes import held_out_prompts
+from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pipeline import RankedPicture, TextToImage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.rerank import CurvePoint, FloatArray, best_of_n_curve, rank_pictures
@@ -67,7 +67,7 @@ def draw_curve(
         "curves": {name: [dataclasses.asdict(point) for point in points] for name, points in curves.items()},
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "curve.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "curve.json", facts)
     _plot(plot, curves, facts, out / "curve.png")
     for name, points in curves.items():
         typer.echo(f"{name:>9}: " + "  ".join(f"{point.size}: {point.mean:.3f}" for point in points))

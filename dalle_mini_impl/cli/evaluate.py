@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,6 +38,7 @@ def evaluate(
     ("unseen"), and lets the checker judge each claim. The ceiling is what the VAE alone lets through.
     """
     from dalle_mini_impl.evaluate import PAIRS, evaluate_shapes
+    from dalle_mini_impl.files import write_json
     from dalle_mini_impl.pipeline import TextToImage
 
     model = TextToImage.from_pretrained(checkpoint)
@@ -69,8 +69,7 @@ def evaluate(
     }
     _print_table(reports, candidates, model.ranked_by)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        write_json(out, facts)
     if sheet is not None:
         from dalle_mini_impl.sheet import save_sheet
 

@@ -65,6 +65,7 @@ def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) ->
     """Prints the ranking and, with `out`, writes ranking.jsonl and sheet.png, the contact sheet of the best."""
     from PIL import Image
 
+    from dalle_mini_impl.files import write_atomically
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
     ranking = score_folder(bundle, folder, prompt)
@@ -77,7 +78,8 @@ def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) ->
         json.dumps({"rank": rank, "clip_score": score, "file": str(path), "prompt": prompt}, ensure_ascii=False)
         for rank, (score, path) in enumerate(ranking, start=1)
     ]
-    (out / "ranking.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n"
+    write_atomically(out / "ranking.jsonl", lambda part: part.write_text(text, encoding="utf-8"))
     cells: list[tuple[Image.Image, str]] = []
     for score, path in ranking[:_SHEET_PICTURES]:
         cells.append((Image.fromarray(_read(path, bundle)), f"{score:.3f} {path.name}"))

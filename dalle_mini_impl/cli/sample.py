@@ -45,6 +45,7 @@ def sample(
     import torch
     from accelerate import PartialState
 
+    from dalle_mini_impl.files import naming
     from dalle_mini_impl.pipeline import TextToImage, check_counts
 
     keep = check_counts(candidates, keep)
@@ -60,7 +61,8 @@ def sample(
     with progress_bar(total, shown=state.is_main_process) as progress:
         ranked = _draw(model, texts, candidates, keep, seed, settings, batch_size, state, progress)
         if state.is_main_process:
-            num_kept = _write(ranked, out, model, checkpoint, settings)
+            with naming(out):
+                num_kept = _write(ranked, out, model, checkpoint, settings)
         else:
             for _ in ranked:
                 pass

@@ -29,6 +29,7 @@ from dalle_mini_impl.data.pictures import PictureError, quiet, to_rgb, to_square
 from dalle_mini_impl.data.records import SPLITS, Record, Source, Split, unbroken
 from dalle_mini_impl.data.report import Tally, assign_splits
 from dalle_mini_impl.data.sources import content_key, files_key, open_source, resolve_spec
+from dalle_mini_impl.files import naming
 
 Progress = Callable[[int, int | None], None]
 """Called with the number of records done and, where the source knows it, of all."""
@@ -110,7 +111,8 @@ def prepare(spec: str, config: DataConfig, folder: str | Path, *, progress: Prog
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, source, spec, config, request, progress)
+        with naming(folder):
+            _fill(partial, source, spec, config, request, progress)
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

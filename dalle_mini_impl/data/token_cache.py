@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.config import View
+from dalle_mini_impl.files import reserve, write_json
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 MAX_CODES = 1 << 16
@@ -110,6 +111,7 @@ class TokenCache:
         if rank == 0:
             (folder / _INDEX).unlink(missing_ok=True)
             np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=shape).flush()
+            reserve(partial)
         barrier()
         tokens = np.lib.format.open_memmap(partial, mode="r+")
         share = np.array_split(np.arange(len(pictures)), world_size)[rank]
@@ -119,9 +121,7 @@ class TokenCache:
         if rank == 0:
             os.replace(partial, folder / _TOKENS)
             index = {"fingerprint": fingerprint, "num_codes": vae.num_codes, "views": list(views)}
-            part = folder / f".{_INDEX}.partial"
-            part.write_text(json.dumps(index) + "\n", encoding="utf-8")
-            os.replace(part, folder / _INDEX)
+            write_json(folder / _INDEX, index)
         barrier()
         cache = cls.open(folder, fingerprint)
         assert cache is not None

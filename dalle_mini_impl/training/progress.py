@@ -14,8 +14,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from dalle_mini_impl.files import naming, write_atomically
 from dalle_mini_impl.training.budget import format_duration
-from dalle_mini_impl.training.checkpoint import write_atomically
 
 logger = logging.getLogger("dalle_mini_impl.training")
 
@@ -38,7 +38,7 @@ class MetricsLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def rewind(self, stage: str, step: int) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
+from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pretrained import (
     Bundle,
     build_clip,
@@ -38,7 +39,7 @@ from dalle_mini_impl.pretrained import (
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training.batches import derive_seed
 from dalle_mini_impl.training.budget import Budget
-from dalle_mini_impl.training.checkpoint import StateFolder, write_json
+from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.progress import MetricsLog, counting
 from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged

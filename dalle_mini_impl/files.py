@@ -1,0 +1,81 @@
+"""Files that are whole or not there, and errors that say which file they are about."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+_OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_UNTOUCHED = "what was there before is untouched"
+_NEXT_TO_NOTHING_BYTES = 1 << 20
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives errors of the disk the name of the file that they are about: write() on a full disk knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _OF_THE_DISK:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, flushes it to the disk and renames it.
+
+    Raises OSError that names `path` where the disk is full or can't be written to; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.chmod(0o644)  # safetensors lets nobody but its owner read what it writes
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, f"{error.strerror or error}; {_UNTOUCHED}", str(path)) from error
+    except (RuntimeError, SafetensorError) as error:  # what torch.save and safetensors make of a full disk
+        is_full = shutil.disk_usage(path.parent).free < _NEXT_TO_NOTHING_BYTES
+        number, text = (errno.ENOSPC, os.strerror(errno.ENOSPC)) if is_full else (errno.EIO, str(error))
+        raise OSError(number, f"{text}; {_UNTOUCHED}", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON atomically, indented, keys in their own order."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def reserve(path: Path) -> None:
+    """Takes the disk space of a file that is about to be written through memory, where a full disk would kill.
+
+    Raises OSError that names `path` where there isn't enough.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with naming(path), path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut, where the system can flush a folder."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
