@@ -65,8 +65,9 @@ class TextConfig(Section):
     """Most text tokens a caption may take, begin and end included."""
     fit_length: bool = True
     """Shorten the text part of the stream to what 99.5 % of the captions need (an even number)."""
-    slot_step: Positive = 16
-    """Captions take a multiple of this many slots of the stream, so that short ones are cheap."""
+    slot_step: Positive | None = None
+    """Captions take a multiple of this many slots of the stream, None: always all. It pays where captions differ a lot
+    in length; short ones run faster in one group than sorted into several."""
     bpe_dropout: Share = 0.1
     """Probability of segmentation sampling while training; 0 always gives the best segmentation."""
 
