@@ -20,6 +20,7 @@ Row = tuple[str, Sequence[tuple[Image.Image, str]]]
 CELL_PX, PADDING_PX, TITLE_PX, LABEL_PX = 128, 8, 16, 12
 METADATA_KEY = "dalle_mini"
 _SHEET = "sheet"
+_TALLEST = 1.6  # height of a sheet as a multiple of its width, beyond which it gets another panel
 _PAPER, _INK, _FAINT = "white", "#202020", "#707070"
 
 
@@ -34,10 +35,27 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def contact_sheet(rows: Sequence[Row], *, cell_px: int = CELL_PX, columns: int = 8) -> Image.Image:
     """One picture of many: row by row a title, then its pictures with their labels below, `columns` to a line.
 
-    Pictures are fitted into cells of cell_px. Text that is too long for its place is cut with an ellipsis.
+    Pictures are fitted into cells of cell_px. Text that is too long for its place is cut with an ellipsis. Many rows
+    stand in several panels, to be read one after the other, so that the sheet fits a screen better than a ribbon does.
     """
     if cell_px < 1 or columns < 1:
         raise ValueError(f"a sheet needs cells of 1 px and 1 column, not {cell_px} and {columns}")
+    for num_panels in range(1, len(rows) + 2):
+        length = -(-len(rows) // num_panels) or 1
+        panels = [_panel(rows[first : first + length], cell_px, columns) for first in range(0, len(rows) or 1, length)]
+        width, height = sum(panel.width for panel in panels), max(panel.height for panel in panels)
+        if height <= _TALLEST * width or length == 1:
+            break
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    left = 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width
+    return sheet
+
+
+def _panel(rows: Sequence[Row], cell_px: int, columns: int) -> Image.Image:
+    """Rows below each other."""
     step = cell_px + PADDING_PX
     used = min(columns, max((len(pictures) for _, pictures in rows), default=1) or 1)
     width = PADDING_PX + used * step
@@ -67,7 +85,7 @@ def reconstruction_sheet(originals: Tensor, reconstructions: Tensor, *, columns:
     for first in range(0, len(originals), columns):
         for title, images in (("originals", originals), ("reconstructions", reconstructions)):
             rows.append((title, [(picture, "") for picture in to_pil(images[first : first + columns])]))
-    return contact_sheet(rows, columns=columns)
+    return _panel(rows, CELL_PX, columns)  # never with originals in one panel and reconstructions in the next
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -86,3 +87,14 @@ def test_reconstructions_stand_under_their_originals() -> None:
     assert black[-1] - black[0] > 3 * CELL_PX, "with a line of reconstructions between them"
     with pytest.raises(ValueError, match="don't match"):
         reconstruction_sheet(torch.zeros(3, 3, 8, 8), torch.zeros(2, 3, 8, 8))
+
+
+def test_many_rows_do_not_make_a_ribbon() -> None:
+    red = Image.new("RGB", (8, 8), "red")
+    rows = [(f"prompt {number}", [(red, "0.5")] * 4) for number in range(30)]
+    sheet = contact_sheet(rows)
+    assert 0.5 * sheet.width < sheet.height < 2 * sheet.width
+    pixels = np.asarray(sheet)
+    assert (pixels == (255, 0, 0)).all(axis=2).sum() == 30 * 4 * CELL_PX**2, "every picture is there once"
+    one = contact_sheet(rows[:4])
+    assert one.width == contact_sheet(rows[:1]).width, "a few rows stand below each other"
