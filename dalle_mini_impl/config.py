@@ -151,6 +151,12 @@ class CLIPConfig(Section):
     reconstructed_share: Share = 0.33
     """Share of training pictures passed through the VAE, once it is trained, so that decodes are judged fairly."""
 
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"clip.width {self.width} must be a multiple of clip.heads {self.heads}")
+        return self
+
 
 class DALLEConfig(Section):
     """The decoder-only transformer over the one stream."""
@@ -238,7 +244,7 @@ class Recipe(Section):
     """Everything a run needs besides its data."""
 
     name: str = "custom"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     vae: VAEConfig = VAEConfig()

@@ -99,3 +99,10 @@ def test_fsq_counts_the_codes_of_its_levels() -> None:
     recipe = Recipe.parse({}, ["vae.quantizer=fsq", "vae.fsq_levels=[8, 5, 5, 5]"])
     assert recipe.vae.num_codes == 1000
     assert Recipe().vae.num_codes == Recipe().vae.codebook_size
+
+
+def test_what_would_fail_only_when_training_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"clip\.width 18 must be a multiple of clip\.heads 4"):
+        Recipe.parse({}, ["clip.width=18"])
+    with pytest.raises(ValueError, match=r"seed: .*greater than or equal to 0 \(given -1\)"):
+        Recipe.parse({}, ["seed=-1"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
+from dalle_mini_impl.training.checkpoint import save_weights
 from dalle_mini_impl.training.run import ORDER, train
 from tests.tiny import tiny_recipe
 
@@ -183,6 +185,29 @@ def test_a_budget_replaces_the_steps(tmp_path: Path) -> None:
     bundle = load_bundle(tmp_path / "run")
     assert 25 <= bundle.metadata["metrics"]["vae"]["steps"] < 10_000
     assert bundle.metadata["metrics"]["vae"]["train_sec"] < 8.0
+
+
+def test_of_equal_evaluations_the_last_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One held-out pair costs InfoNCE nothing from the first evaluation on: its weights must not be the ones kept."""
+    monkeypatch.setattr("dalle_mini_impl.training.tasks.evaluation.reconstruct", lambda *_: {"psnr": 0.0})
+    saved: list[int] = []
+    monkeypatch.setattr(loop, "save_weights", lambda path, weights: (saved.append(1), save_weights(path, weights)))
+    assert train(recipe(), DATA, tmp_path / "run", stages=["vae"])
+    assert len(saved) == 2
+
+
+def test_a_plan_is_shared_even_where_a_process_would_not_change_it() -> None:
+    """Each process times itself: one that kept its plan to itself would leave the others waiting for good."""
+    calls: list[str] = []
+    trainer = SimpleNamespace(
+        plan=SimpleNamespace(total_steps=50),
+        step=40,
+        clock=SimpleNamespace(review=lambda step: False),
+        _share_plan=lambda: calls.append("share"),
+        _say_plan=lambda reporter: calls.append("say"),
+    )
+    loop.StageTrainer._review(trainer, None)  # type: ignore[arg-type]
+    assert calls == ["share"]
 
 
 def test_two_processes_see_the_losses_of_one(finished: Path, tmp_path: Path) -> None:

@@ -189,6 +189,19 @@ def test_clip_trains_on_captioned_pictures_and_decodes_its_share() -> None:
     assert torch.allclose(images, torch.where(batch["decoded"][:, None, None, None], expected, plain))
 
 
+def test_clip_is_evaluated_where_no_held_out_picture_has_a_caption(tmp_path: Path) -> None:
+    bundle = tiny_bundle()
+    assert bundle.clip is not None
+    uncaptioned = data()
+    for index in uncaptioned.validation:
+        uncaptioned.captions[index] = ()
+    accelerator = Accelerator(cpu=True)
+    task = CLIPTask(bundle.clip, uncaptioned, bundle.recipe, bundle.tokenizer, accelerator, None)
+    with torch.no_grad():
+        metrics = task.evaluate(bundle.clip, EvaluationContext(accelerator, tmp_path, 1, None))
+    assert metrics["num_pairs"] == len(TINY_CAPTIONS)
+
+
 def test_equal_captions_have_equal_keys() -> None:
     task = clip_task()
     batch = batch_of(task)

@@ -190,11 +190,12 @@ class StageTrainer:
         if self.clock.wants_measurement():
             evaluation_sec = self._evaluate(reporter)
             self.clock.fix(self.step, evaluation_sec)
-            self._share_plan(reporter)
+            self._share_plan()
+            self._say_plan(reporter)
         elif due:
             self._evaluate(reporter)
-        if self.clock.wants_review(self.step) and self.clock.review(self.step):
-            self._share_plan(reporter)
+        if self.clock.wants_review(self.step):
+            self._review(reporter)
         stop, save = self._agree()
         if stop == "overrun" and self.step != self.plan.total_steps:
             reporter.say(f"stops at step {self.step}: its time has run out")
@@ -218,7 +219,15 @@ class StageTrainer:
         signal_, overrun, save = (bool(wish) for wish in wishes)
         return ("signal" if signal_ else "overrun" if overrun else ""), save
 
-    def _share_plan(self, reporter: Reporter) -> None:
+    def _review(self, reporter: Reporter) -> None:
+        """Puts the plan right. All processes share it, changed or not: each has timed itself and may see it its way."""
+        before = self.plan.total_steps
+        self.clock.review(self.step)
+        self._share_plan()
+        if self.plan.total_steps != before:
+            self._say_plan(reporter)
+
+    def _share_plan(self) -> None:
         """Every process follows the first one's plan."""
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -226,6 +235,8 @@ class StageTrainer:
             plans = [self.plan.to_dict()]
             broadcast_object_list(plans)
             self.clock.plan = Plan(**plans[0])
+
+    def _say_plan(self, reporter: Reporter) -> None:
         plan = self.plan
         assert plan.allotted_sec is not None and plan.step_sec is not None
         reporter.say(
@@ -277,7 +288,7 @@ class StageTrainer:
             values = self.task.evaluate(model, context)
             name = self.task.score
             score = -values[name[1:]] if name.startswith("-") else values[name]
-            if self.best is None or score > self.best:
+            if self.best is None or math.isnan(self.best) or score >= self.best:  # of equals, the longest trained
                 self.best, self.best_evaluation = score, values
                 if self.accelerator.is_main_process:
                     save_weights(self.state.best_path, model.state_dict())

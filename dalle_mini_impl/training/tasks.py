@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import cast
@@ -22,6 +23,8 @@ from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.vae.model import DiscreteVAE
+
+logger = logging.getLogger("dalle_mini_impl.training")
 
 
 class _Task:
@@ -120,6 +123,9 @@ class CLIPTask(_Task):
         self.reconstructed_share = recipe.clip.reconstructed_share if decoder is not None else 0.0
         self.max_shift = recipe.data.image_size // 32
         self.held_out = captioned(data, evaluation.held_out(data))
+        if not len(self.held_out):
+            logger.warning("no held-out picture has a caption: clip is evaluated on training pictures")
+            self.held_out = self.captioned[: evaluation.MAX_HELD_OUT]
 
     def batch(self, items: Indices, positions: Indices) -> Batch:
         """Pixels (B, S, S, 3), image ids (B, N) and whether to decode them, caption ids (B, T), caption keys (B,)."""
