@@ -190,6 +190,7 @@ def model_card(bundle: Bundle) -> str:
         "",
         "```python",
         "from dalle_mini_impl import TextToImage",
+        "",
         'TextToImage.from_pretrained("THIS FOLDER")("a red heart", candidates=32, keep=4, seed=0)',
         "```",
     ]
