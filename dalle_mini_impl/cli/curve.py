@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from dalle_mini_impl.cli.processes import process_state
 from dalle_mini_impl.cli.sample import progress_bar, read_prompts
 from dalle_mini_impl.data.checker import check_caption
 from dalle_mini_impl.data.shapes import held_out_prompts
@@ -44,7 +45,7 @@ def draw_curve(
     """
     plot = _load_matplotlib()
     prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
-    model = TextToImage.from_pretrained(checkpoint)
+    model = TextToImage.from_pretrained(checkpoint, process_state().device)
     scores: dict[str, list[list[float]]] = {"clip": [], "log_ratio": [], "oracle": []}
     for prompt, pictures in _draw(model, prompts, candidates, seed):
         scores["oracle"].append(judge_pictures(prompt, [picture.image for picture in pictures]))
@@ -85,7 +86,7 @@ def _prompts_and_judge(
         return prompts, _checker, "the checker of shapes: share of pictures with every claim right"
     if judge is None:
         raise ValueError("prompts of your own need --judge CHECKPOINT, whose CLIP judges what the other one ranks")
-    bundle = load_bundle(judge)
+    bundle = load_bundle(judge, process_state().device)
     if bundle.clip is None:
         raise ValueError(f"judge {judge!r} has no CLIP: give a checkpoint that has one")
     if bundle.checkpoint_hash == load_bundle(checkpoint).checkpoint_hash:

@@ -37,11 +37,13 @@ def evaluate(
     Draws captions of held-out scenes of shapes, of colour-shape pairs that training showed ("seen") and others
     ("unseen"), and lets the checker judge each claim. The ceiling is what the VAE alone lets through.
     """
+    from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.evaluate import PAIRS, evaluate_shapes
     from dalle_mini_impl.files import write_json
     from dalle_mini_impl.pipeline import TextToImage
 
-    model = TextToImage.from_pretrained(checkpoint)
+    device = process_state().device
+    model = TextToImage.from_pretrained(checkpoint, device)
     settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     started = time.perf_counter()
     with _progress_bar(len(PAIRS) * prompts) as progress:
@@ -52,6 +54,7 @@ def evaluate(
             num_prompts=prompts,
             candidates=candidates,
             seed=seed,
+            device=device,
             progress=progress,
         )
     seconds = time.perf_counter() - started

@@ -56,9 +56,10 @@ def rerank(
         raise ValueError(f"{', '.join(given)} belong to --curve: add it, or leave them out")
     if folder is None or prompt is None:
         raise ValueError('give a folder of pictures and --prompt "a red heart", or --curve')
+    from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.pretrained import load_bundle
 
-    _rank_folder(load_bundle(checkpoint), folder, prompt, out)
+    _rank_folder(load_bundle(checkpoint, process_state().device), folder, prompt, out)
 
 
 def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) -> None:

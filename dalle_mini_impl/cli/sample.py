@@ -42,15 +42,12 @@ def sample(
     """
     texts = read_prompts(prompt, prompts)
     # Imported here: --help must not wait for torch.
-    import torch
-    from accelerate import PartialState
-
+    from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import naming
     from dalle_mini_impl.pipeline import TextToImage, check_counts
 
     keep = check_counts(candidates, keep)
-    # Accelerate has to be told of CPUs, or processes on them stay strangers to each other.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     model = TextToImage.from_pretrained(checkpoint, state.device)
     settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
     if state.is_main_process:
