@@ -101,7 +101,7 @@ class VAEConfig(Section):
     dead_code_share: Share = 0.03
     """A vq code used less than this share of the uniform rate is restarted from encoder outputs."""
     commitment_weight: Annotated[float, Field(ge=0)] = 0.25
-    balance_weight: Annotated[float, Field(ge=0)] = 0.05
+    balance_weight: Annotated[float, Field(ge=0)] = 0.02
     """Weight of vq's use-all-codes term: ln K minus the entropy of the batch's mean soft assignment."""
     kl_weight: Annotated[float, Field(ge=0)] = 6.6
     """Final weight of the gumbel relaxation's KL to the uniform prior, per picture, ramped over kl_warmup."""
