@@ -27,10 +27,13 @@ from tests.tiny import tiny_recipe
 DATA = "shapes:count=60"
 QUICK = ["batch_size=8", "evaluations=2", "warmup_steps=3", "precision=fp32"]
 
+OPTIMIZERS = ("train.vae.optimizer=adamw", "train.clip.optimizer=adamw", "train.dalle.optimizer=muon")
+
 
 def recipe(*overrides: str, steps: int = 6) -> Recipe:
+    """Muon in one stage alone: its bf16 products turn rounding into differences of 0.3 % within six steps."""
     settings = [f"train.{stage}.{value}" for stage in ORDER for value in (*QUICK, f"steps={steps}")]
-    return tiny_recipe('data.views=["plain", "flip"]', *settings, "train.dalle.optimizer=muon", *overrides)
+    return tiny_recipe('data.views=["plain", "flip"]', *settings, *OPTIMIZERS, *overrides)
 
 
 @pytest.fixture(scope="module")
