@@ -81,6 +81,8 @@ class Stream:
 
     def groups(self, text_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Captions (B, T) sorted by their slots t: (row numbers (n,), ids (n, t)) of each t in use."""
+        if self.slot_step is None and len(text_ids):  # one group: nothing to sort, and no wait for the device
+            return [(torch.arange(len(text_ids), device=text_ids.device), text_ids)]
         slots = self.num_slots(text_ids)
         rows = [(slots == t).nonzero()[:, 0] for t in sorted(set(slots.tolist()))]
         return [(row, text_ids[row, : int(slots[row[0]])]) for row in rows]

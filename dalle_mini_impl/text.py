@@ -169,7 +169,7 @@ class TextTokenizer:
         rows, num_cut = [], 0
         for caption in captions:
             if caption is None:
-                rows.append([NULL] * text_length)
+                rows.append(stream.null_caption().tolist())
                 continue
             row, cut = stream.fit_caption(self.encode(caption, dropout=dropout, rng=rng))
             if cut and dropout > 0.0:
