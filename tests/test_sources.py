@@ -325,6 +325,35 @@ def test_folder_of_parquet_shards_as_downloaded_from_the_hub(tmp_path: Path) -> 
     }
 
 
+def test_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is out of reach of a test: what `load_dataset` is asked for, and what becomes of what it answers."""
+    import datasets
+
+    asked: list[tuple[str, str | None, bool]] = []
+
+    def load_dataset(path: str, subset: str | None, *, streaming: bool) -> dict[str, Any]:
+        asked.append((path, subset, streaming))
+        features = datasets.Features({"image": datasets.Image(), "captions": [datasets.Value("string")]})
+        columns = {"train": ("red", ["red", "warm"]), "test": ("blue", ["blue"]), "broken": (None, ["green"])}
+        return {
+            split: datasets.Dataset.from_dict(
+                {"image": [embedded(colour) if colour else {"bytes": b"no", "path": None}], "captions": [captions]},
+                features=features,
+            ).to_iterable_dataset()
+            for split, (colour, captions) in columns.items()
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert kind("owner/pictures:small") == "Hugging Face data set (hub)"
+    assert read("owner/pictures:small") == {
+        "train row 0": ("red", ("red", "warm"), "train"),
+        "test row 0": ("blue", ("blue",), "test"),
+        "broken row 0": ("unreadable", ("green",), None),
+    }
+    assert read("owner/pictures")
+    assert set(asked) == {("owner/pictures", "small", True), ("owner/pictures", None, True)}
+
+
 def test_web_dataset_samples_may_differ_in_their_fields(tmp_path: Path) -> None:
     tar(
         tmp_path / "s-000.tar",

@@ -176,11 +176,21 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_a_few(
         return metrics
 
     monkeypatch.setattr(loop.StageTrainer, "_backward", broken)
-    with pytest.raises(RuntimeError, match="not finite in 5 steps in a row"):
+    with pytest.raises(FloatingPointError, match="not finite in 5 steps in a row"):
         train(recipe(steps=20), DATA, tmp_path / "run", stages=["vae"])
     skipped = [line for line in lines(tmp_path / "run", "vae") if "skipped" in line]
     assert [line["step"] for line in skipped] == [3, 4, 5, 6, 7]
     assert all(len(line["items"]) == 8 for line in skipped)
+
+
+def test_where_no_picture_can_be_used_the_report_names_each(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "a.txt").write_text("a red heart")
+    report = tmp_path / "run" / "data-report.json"
+    with pytest.raises(ValueError, match=rf"1 unreadable.*{report} names all"):
+        train(recipe(), str(tmp_path / "in"), tmp_path / "run")
+    assert json.loads(report.read_text())["skipped"]["unreadable"]["names"] == ["a.png"]
 
 
 def test_a_budget_replaces_the_steps(tmp_path: Path) -> None:
@@ -188,6 +198,19 @@ def test_a_budget_replaces_the_steps(tmp_path: Path) -> None:
     bundle = load_bundle(tmp_path / "run")
     assert 25 <= bundle.metadata["metrics"]["vae"]["steps"] < 10_000
     assert bundle.metadata["metrics"]["vae"]["train_sec"] < 8.0
+
+
+def test_a_resumed_run_keeps_to_what_is_left_of_its_budget(tmp_path: Path) -> None:
+    out, endless = tmp_path / "run", recipe(steps=100_000)
+    assert train(endless, DATA, out, stages=["vae"], budget_sec=10.0)
+    noted = json.loads((out / "run.json").read_text())["budget"]
+    assert noted["total_sec"] == 10.0
+    assert 0.0 < noted["used_sec"] < 10.0
+    assert train(endless, DATA, out, stages=["vae", "clip"], resume=True)
+    after = json.loads((out / "run.json").read_text())["budget"]
+    assert after["total_sec"] == 10.0
+    assert noted["used_sec"] < after["used_sec"]
+    assert 25 <= load_bundle(out).metadata["metrics"]["clip"]["steps"] < 10_000
 
 
 def test_of_equal_evaluations_the_last_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

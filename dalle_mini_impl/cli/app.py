@@ -62,24 +62,26 @@ def _no_verb() -> None:
 def _load(verb: str) -> Callable[..., Any]:
     """The verb's function, ended by one clear message where a person can help.
 
-    Exit status 2 says that something is wrong with the input, 1 that a file can't be read or written.
+    Exit status 2 says that something is wrong with the input, 1 that a file can't be read or
+    written or that a training has run out of its numbers.
     """
     command: Callable[..., Any] = getattr(import_module(f"dalle_mini_impl.cli.{verb}"), verb)
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         keep_freed_memory()
+        process = os.environ.get("LOCAL_RANK", "0")
         try:
             return command(*args, **kwargs)
-        except ValueError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, one speaks
+        except (ValueError, FloatingPointError) as error:
+            if process == "0":  # all processes of a machine come to the same end: one speaks
                 typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read our output has enough of it
                 raise
             logging.getLogger("dalle_mini_impl").debug("where it happened", exc_info=True)
-            typer.echo(f"error: {_explain(error)}", err=True)
+            typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {_explain(error)}", err=True)
             raise typer.Exit(1) from None
 
     return guarded

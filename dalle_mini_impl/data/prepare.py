@@ -27,7 +27,7 @@ from torch import Tensor
 from dalle_mini_impl.config import DataConfig
 from dalle_mini_impl.data.pictures import PictureError, quiet, to_rgb, to_square
 from dalle_mini_impl.data.records import SPLITS, Record, Source, Split, unbroken
-from dalle_mini_impl.data.report import Tally, assign_splits
+from dalle_mini_impl.data.report import NoPicturesError, Tally, assign_splits
 from dalle_mini_impl.data.sources import content_key, files_key, open_source, resolve_spec
 from dalle_mini_impl.files import naming
 
@@ -96,7 +96,7 @@ def prepare(spec: str, config: DataConfig, folder: str | Path, *, progress: Prog
     """Reads a source (see `sources.open_source`) into a folder, or re-opens the folder if it answers the same request.
 
     Pictures that can't be used are skipped, counted and named in the report. Raises ValueError for a source that can't
-    be recognised or of which no picture remains.
+    be recognised, NoPicturesError where none remains.
     """
     folder = Path(folder)
     source = open_source(spec, config)
@@ -163,7 +163,6 @@ def _fill(
                 tally.keep(record.name, outcome.captions, len(record.captions), record.split, outcome.digest)
             if progress is not None:
                 progress(done, total)
-        tally.require_some(spec, source.kind)
         out.seek(0)
         assert _write_header(out, (tally.kept, size, size, 3)) == header
     splits, splits_from = assign_splits(tally.stated, tally.digests, config.validation_fraction)
@@ -175,6 +174,8 @@ def _fill(
             fingerprint.update(digest + line.encode())
     report = tally.report(splits, splits_from, config, fingerprint=fingerprint.hexdigest())
     report = {"source": spec, "kind": source.kind, "describe": source.describe, **report}
+    if not tally.kept:
+        raise NoPicturesError(tally.why_nothing_was_kept(spec, source.kind), report)
     index = {
         "format": FORMAT,
         "fingerprint": fingerprint.hexdigest(),

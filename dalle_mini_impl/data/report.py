@@ -16,6 +16,14 @@ MIN_PICTURES_TO_VALIDATE = 20
 """From this many training pictures on, some are held out even if no hash falls below the fraction."""
 
 
+class NoPicturesError(ValueError):
+    """A source of which no picture can be used; `report` says why, as data-report.json has it."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
+
+
 class Tally:
     """Names, captions and digests of the pictures kept, and the names of those skipped."""
 
@@ -44,15 +52,13 @@ class Tally:
         """Notes a picture left out."""
         self.skipped[reason].append((name, detail))
 
-    def require_some(self, spec: str, kind: str) -> None:
-        """Raises ValueError, with the reasons, where no picture was kept."""
-        if self.kept:
-            return
+    def why_nothing_was_kept(self, spec: str, kind: str) -> str:
+        """The reasons in a sentence."""
         reasons = [f"{len(items)} {reason.replace('_', ' ')}" for reason, items in self.skipped.items() if items]
         if not reasons:
-            raise ValueError(f"{spec} ({kind}) holds no pictures")
+            return f"{spec} ({kind}) holds no pictures"
         name, detail = next(item for items in self.skipped.values() for item in items)
-        raise ValueError(f"no usable picture in {spec} ({kind}): {', '.join(reasons)}; the first: {name}: {detail}")
+        return f"no usable picture in {spec} ({kind}): {', '.join(reasons)}; the first: {name}: {detail}"
 
     def report(
         self, splits: Sequence[Split], splits_from: str, config: DataConfig, *, fingerprint: str

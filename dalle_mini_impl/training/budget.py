@@ -77,6 +77,10 @@ class Budget:
         self.clock = clock
         self._start = clock() - already_sec
 
+    def count(self, used_sec: float) -> None:
+        """Counts time that an earlier process used."""
+        self._start -= used_sec
+
     def elapsed_sec(self) -> float:
         """Seconds used so far."""
         return self.clock() - self._start

@@ -167,7 +167,7 @@ class StageTrainer:
         return torch.Generator(self.accelerator.device).manual_seed(seed)
 
     def _skip(self) -> None:
-        """Notes a step whose gradient is not finite; raises RuntimeError after a few in a row."""
+        """Notes a step whose gradient is not finite; raises FloatingPointError after a few in a row."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         positions = self.order.positions(self.step)
@@ -175,7 +175,7 @@ class StageTrainer:
             line = {"stage": self.task.stage, "step": self.step + 1, "time_sec": round(self._elapsed(), 3)}
             self.log.write({**line, "skipped": "non-finite gradient", "items": self.order.items(positions).tolist()})
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"{self.task.stage}: the gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
                 f"{self.step}; lower train.{self.task.stage}.learning_rate or set its precision to fp32. "
                 f"The batches' pictures are listed in {self.log.path}"

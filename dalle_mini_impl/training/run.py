@@ -25,6 +25,7 @@ from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData, prepare
+from dalle_mini_impl.data.report import NoPicturesError
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
 from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pretrained import (
@@ -69,20 +70,15 @@ def train(
     """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
 
     data_spec: anything `open_source` takes. init_from: a checkpoint whose tokenizer, architecture and weights the run
-    starts from. budget_sec: wall-clock limit for everything, of which already_sec have passed.
+    starts from. budget_sec: wall-clock limit for everything from now on, of which already_sec have passed; a resumed
+    run that is given none keeps to what is left of its own.
     Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
-    budget = Budget(budget_sec, already_sec=already_sec)
     run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from)
     todo = run.unfinished(stages, resume)
+    run.begin(Budget(budget_sec, already_sec=already_sec), resume)
     run.prepare()
-    shares: dict[str, float] = {stage: getattr(run.recipe.train, stage).budget_share for stage in ORDER}
-    for index, stage in enumerate(todo):
-        task = run.task(stage)
-        allotted_sec = budget.for_stage(stage, todo[index:], shares)
-        if not run.train_stage(stage, task, allotted_sec):
-            return False
-    return True
+    return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
 
 
 def make_accelerator() -> Accelerator:
@@ -95,6 +91,7 @@ class Run:
 
     data: PreparedData
     bundle: Bundle
+    budget: Budget
 
     def __init__(
         self, recipe: Recipe, data_spec: str, out: Path, accelerator: Accelerator, init_from: str | None
@@ -131,12 +128,18 @@ class Run:
             logger.info("%s is finished already", stage)
         return todo
 
+    def begin(self, budget: Budget, resume: bool) -> None:
+        """Sets the run's budget: a resumed run that is given none has what earlier processes left of its own."""
+        noted = self._note.get("budget")
+        if resume and budget.total_sec is None and noted is not None:
+            budget = Budget(noted["total_sec"], already_sec=noted["used_sec"] + budget.elapsed_sec())
+        self.budget = budget
+
     def prepare(self) -> None:
         """Pictures, captions, tokenizer and the models that there are; the main process first."""
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
-            with counting("reading pictures") as progress:
-                prepare(self.data_spec, self.recipe.data, self.out / "data", progress=progress)
+            self._read_pictures()
         self.accelerator.wait_for_everyone()
         self.data = PreparedData.open(self.out / "data")
         self._check_data()
@@ -145,8 +148,7 @@ class Run:
             if self._initial is not None:
                 save_bundle(self._initial, self.out / "initial")
             save_bundle(self._first_bundle(), checkpoint)
-        if self.is_main:
-            write_json(self._note_path, self._describe())
+        self._write_note()
         self.accelerator.wait_for_everyone()
         self.bundle = replace(load_bundle(checkpoint), recipe=self.recipe)
         if self.is_main:
@@ -161,6 +163,15 @@ class Run:
             stream.num_image_tokens,
         )
 
+    def _read_pictures(self) -> None:
+        try:
+            with counting("reading pictures") as progress:
+                prepare(self.data_spec, self.recipe.data, self.out / "data", progress=progress)
+        except NoPicturesError as error:
+            path = self.out / "data-report.json"
+            write_json(path, error.report)
+            raise ValueError(f"{error}; {path} names all") from None
+
     def _check_data(self) -> None:
         noted = self._note.get("data_fingerprint")
         if noted is not None and noted != self.data.fingerprint:
@@ -170,13 +181,18 @@ class Run:
         if not len(self.data.validation):
             logger.warning("no picture is held out: evaluations use training pictures and don't show overfitting")
 
-    def _describe(self) -> dict[str, Any]:
-        return {
+    def _write_note(self) -> None:
+        """Notes what the run is and, at the end of each stage, the time that it has used."""
+        budget = self.budget
+        self._note = {
             "recipe": self.recipe.model_dump(mode="json"),
             "data": self.data_spec,
             "init_from": self._init_from,
             "data_fingerprint": self.data.fingerprint,
+            "budget": budget.total_sec and {"total_sec": budget.total_sec, "used_sec": budget.elapsed_sec()},
         }
+        if self.is_main:
+            write_json(self._note_path, self._note)
 
     def _first_bundle(self) -> Bundle:
         """The checkpoint before any stage: a tokenizer, and what --init-from brings along."""
@@ -255,9 +271,10 @@ class Run:
                 progress=progress,
             )
 
-    def train_stage(self, stage: Stage, task: Task, allotted_sec: float | None) -> bool:
-        """Trains a stage and puts it into the checkpoint; False when a signal stopped it."""
-        state = self.states[stage]
+    def train_stage(self, stage: Stage, remaining: Sequence[Stage]) -> bool:
+        """Trains the first of the remaining stages and puts it into the checkpoint; False when a signal stopped it."""
+        task, state = self.task(stage), self.states[stage]
+        shares: dict[str, float] = {name: getattr(self.recipe.train, name).budget_share for name in remaining}
         trainer = StageTrainer(
             task,
             getattr(self.recipe.train, stage),
@@ -266,13 +283,14 @@ class Run:
             state=state,
             log=self.log,
             samples=self.out / "samples",
-            allotted_sec=allotted_sec,
+            allotted_sec=self.budget.for_stage(stage, remaining, shares),
             stop=StopSignal(),
         )
         num_parameters = sum(p.numel() for p in task.model.parameters())
         logger.info("%s: %s parameters", stage, f"{num_parameters:,}")
         if state.started:
             trainer.load_state_dict(state.load())
+            self.budget.count(trainer.trained_sec)
             logger.info("%s goes on after step %d", stage, trainer.step)
         else:
             self.log.rewind(stage, -1)
@@ -291,4 +309,5 @@ class Run:
         if self.is_main:
             save_bundle(self.bundle, self.out / "checkpoint")
             self.states[stage].finish(summary)
+        self._write_note()
         self.accelerator.wait_for_everyone()
