@@ -167,6 +167,8 @@ class DALLEConfig(Section):
     ffn: Literal["relu2", "swiglu"] = "relu2"
     ffn_multiple: Annotated[float, Field(gt=0)] = 4.0
     """Hidden width of the feed-forward layer as a multiple of dim (2.67 matches a swiglu to 4 of relu2)."""
+    token_shift: bool = True
+    """Each layer mixes every token with the one before it; words learn of their neighbours at once."""
     dropout: Share = 0.0
     token_corruption: Share = 0.02
     """Share of image input ids replaced by random ones in training."""

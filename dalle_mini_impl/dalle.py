@@ -64,6 +64,7 @@ class DALLE(nn.Module):
                 ffn=config.ffn,
                 ffn_multiple=config.ffn_multiple,
                 dropout=config.dropout,
+                token_shift=config.token_shift,
             )
             for _ in range(config.layers)
         )

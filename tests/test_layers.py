@@ -10,6 +10,7 @@ from torch import Tensor
 from dalle_mini_impl.layers.attention import Attention, KVCache, attend
 from dalle_mini_impl.layers.blocks import Block, FeedForward, squared_relu
 from dalle_mini_impl.layers.rope import rotate, stream_angles
+from dalle_mini_impl.layers.shift import TokenShift
 from dalle_mini_impl.stream import Stream
 from tests.tiny import randomize
 
@@ -92,6 +93,32 @@ def test_short_bf16_attention_equals_the_fused_kernel(queries: int, is_causal: b
     right = torch.autograd.grad((expected * weights).sum(), (q, k, v))
     ours = torch.autograd.grad((mixed * weights).sum(), (q, k, v))
     assert all(torch.allclose(a, b, atol=0.1) for a, b in zip(ours, right, strict=True))
+
+
+@torch.no_grad()
+def test_token_shift_mixes_neighbours_and_nothing_else() -> None:
+    shift, x = TokenShift(DIM), torch.randn(2, LENGTH, DIM)
+    mixed = shift(x)
+    for i in range(LENGTH):
+        before = x[:, i - 1] if i else torch.zeros(2, DIM)
+        assert torch.allclose(mixed[:, i], (1 - shift.mix) * x[:, i] + shift.mix * before, atol=1e-6)
+    assert torch.allclose(shift(x[:, 3:], before=x[:, 2]), mixed[:, 3:], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefilled", [1, 4])
+def test_a_cached_block_with_token_shift_equals_an_uncached_one(prefilled: int) -> None:
+    block, x, (cos, sin) = Block(DIM, HEADS, causal=True, token_shift=True), torch.randn(2, LENGTH, DIM), _rope()
+    randomize(block)
+    expected = block(x, (cos, sin))
+    cache = _cache()
+    parts = [block(x[:, :prefilled], (cos[:prefilled], sin[:prefilled]), cache=cache)]
+    cache.advance(prefilled)
+    cache = cache.select(torch.tensor([1, 0])).select(torch.tensor([1, 0]))  # rows take what shifts read with them
+    for i in range(prefilled, LENGTH):
+        parts.append(block(x[:, i : i + 1], (cos[i : i + 1], sin[i : i + 1]), cache=cache))
+        cache.advance(1)
+    assert torch.allclose(torch.cat(parts, dim=1), expected, atol=1e-6)
 
 
 def test_a_full_cache_is_an_error_and_not_a_wrap_around() -> None:

@@ -17,11 +17,13 @@ from dalle_mini_impl.layers.rope import rotate
 class KVCache:
     """Keys and values of every layer, preallocated: two tensors (layers, B, H, capacity, D).
 
-    length: tokens that are filled. prompt_length: how many of them were there before the first decoded one.
+    last: (layers, 2, B, dim), the last token as each layer's two token shifts read it. length: tokens that are filled.
+    prompt_length: how many of them were there before the first decoded one.
     """
 
     keys: Tensor
     values: Tensor
+    last: Tensor
     length: int = 0
     prompt_length: int = 0
 
@@ -40,7 +42,9 @@ class KVCache:
         """An empty cache."""
         shape = (layers, batch, heads, capacity, head_dim)
         return cls(
-            keys=torch.zeros(shape, device=device, dtype=dtype), values=torch.zeros(shape, device=device, dtype=dtype)
+            keys=torch.zeros(shape, device=device, dtype=dtype),
+            values=torch.zeros(shape, device=device, dtype=dtype),
+            last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=dtype),
         )
 
     @property
@@ -50,7 +54,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> KVCache:
         """A new cache whose row i is row rows[i] of this one; rows (n,) int64, repeats allowed."""
-        return replace(self, keys=self.keys[:, rows], values=self.values[:, rows])
+        return replace(self, keys=self.keys[:, rows], values=self.values[:, rows], last=self.last[:, :, rows])
 
     def expand(self, copies: int) -> KVCache:
         """A new cache with each row repeated `copies` times in a run: prefill once, draw many candidates."""
@@ -67,6 +71,12 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def shift(self, layer: int, which: int, x: Tensor) -> Tensor:
+        """The token (B, dim) ahead of the new ones x (B, n, dim), whose last one takes its place."""
+        before = self.last[layer, which].to(x.dtype, copy=True)
+        self.last[layer, which] = x[:, -1]
+        return before
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that every layer has written."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.layers.attention import Attention, KVCache
 from dalle_mini_impl.layers.norm import Norm
+from dalle_mini_impl.layers.shift import TokenShift
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -60,7 +61,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), both behind a token shift where there is one."""
 
     def __init__(
         self,
@@ -71,12 +72,15 @@ class Block(nn.Module):
         ffn: Literal["relu2", "swiglu"] = "relu2",
         ffn_multiple: float = 4.0,
         dropout: float = 0.0,
+        token_shift: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = Norm(dim)
         self.attention = Attention(dim, heads, causal=causal, dropout=dropout)
         self.ffn_norm = Norm(dim)
         self.ffn = FeedForward(dim, ffn, ffn_multiple)
+        self.attention_shift = TokenShift(dim) if token_shift else None
+        self.ffn_shift = TokenShift(dim) if token_shift else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -88,6 +92,12 @@ class Block(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """(B, L, dim) to (B, L, dim); arguments as in Attention."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache, layer))
-        out: Tensor = x + self.dropout(self.ffn(self.ffn_norm(x)))
+        h = self.attention_norm(x)
+        if self.attention_shift is not None:
+            h = self.attention_shift(h, cache and cache.shift(layer, 0, h))
+        x = x + self.dropout(self.attention(h, rope, mask, cache, layer))
+        h = self.ffn_norm(x)
+        if self.ffn_shift is not None:
+            h = self.ffn_shift(h, cache and cache.shift(layer, 1, h))
+        out: Tensor = x + self.dropout(self.ffn(h))
         return out
