@@ -140,14 +140,17 @@ class DALLE(nn.Module):
             )
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
 
-    def log_likelihood(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-        """log p(picture | caption) in nats, (B,) fp32, of captions (B, T) and whole pictures (B, N)."""
-        result = torch.empty(len(image_ids), device=image_ids.device)
+    def token_log_likelihoods(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        """log p(image id | caption, ids before it) in nats, (B, N) fp32, of captions (B, T) and whole pictures."""
+        result = torch.empty(image_ids.shape, device=image_ids.device)
         for rows, text in self.stream.groups(text_ids):
             logits = self(text, image_ids[rows])[1].float()  # (n, N, V)
-            nll = F.cross_entropy(logits.transpose(1, 2), image_ids[rows], reduction="none")
-            result[rows] = -nll.sum(dim=1)
+            result[rows] = -F.cross_entropy(logits.transpose(1, 2), image_ids[rows], reduction="none")
         return result
+
+    def log_likelihood(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        """log p(picture | caption) in nats, (B,) fp32, of captions (B, T) and whole pictures (B, N)."""
+        return self.token_log_likelihoods(text_ids, image_ids).sum(dim=1)
 
     def prefill(
         self, text_ids: Tensor, view: Tensor | None = None, dtype: torch.dtype | None = None
@@ -169,6 +172,22 @@ class DALLE(nn.Module):
         logits: Tensor = self.image_head(hidden[:, -1])
         return logits, cache
 
+    def extend(self, image_ids: Tensor, cache: KVCache, view: Tensor | None = None) -> Tensor:
+        """Reads the n image ids (B, n) that follow those in the cache; logits (B, n, image_vocab) of the id after each.
+
+        Raises ValueError where they would go beyond the last id but one, which predicts the last.
+        """
+        start, count = cache.length - cache.prompt_length, image_ids.shape[1]
+        if start < 0 or not 1 <= count < self.stream.num_image_tokens - start:
+            raise ValueError(
+                f"image tokens {start} to {start + count - 1} can't be read behind a cache of {cache.length} tokens: "
+                f"the last to read is token {self.stream.num_image_tokens - 2}"
+            )
+        x = self.image_embedding(image_ids) + self._target_embedding(start + 1, start + count + 1)  # (B, n, dim)
+        hidden = self._trunk(self._with_view(x, view), self.stream.text_length + start, cache)
+        logits: Tensor = self.image_head(hidden)
+        return logits
+
     def decode_step(self, previous_ids: Tensor, index: int, cache: KVCache, view: Tensor | None = None) -> Tensor:
         """Logits (B, image_vocab) of image id `index` ≥ 1, given image id index - 1 as previous_ids (B,)."""
         if not 1 <= index < self.stream.num_image_tokens:
@@ -178,11 +197,7 @@ class DALLE(nn.Module):
                 f"image token {index} needs a cache of {cache.prompt_length + index - 1} tokens; "
                 f"this one has {cache.length}"
             )
-        x = self.image_embedding(previous_ids) + self._target_embedding(index, index + 1)  # (B, dim)
-        x = self._with_view(x, view)
-        hidden = self._trunk(x[:, None], self.stream.text_length + index - 1, cache)
-        logits: Tensor = self.image_head(hidden[:, -1])
-        return logits
+        return self.extend(previous_ids[:, None], cache, view)[:, 0]
 
     @torch.no_grad()
     def generate(
@@ -229,7 +244,7 @@ class DALLE(nn.Module):
         return embedding
 
     def _with_view(self, x: Tensor, view: Tensor | None) -> Tensor:
-        """x (B, …, dim) plus the embeddings of view ids (B,), of the plain view unless told otherwise.
+        """x (B, L, dim) plus the embeddings of view ids (B,), of the plain view unless told otherwise.
 
         Raises ValueError where a model that knows one view only is asked for another.
         """
@@ -240,7 +255,7 @@ class DALLE(nn.Module):
         if view is None:
             view = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         embedding: Tensor = self.view_embedding(view)  # (B, dim)
-        return x + (embedding if x.ndim == 2 else embedding[:, None])
+        return x + embedding[:, None]
 
     def _trunk(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
         """Runs the blocks over (B, L, dim), whose first token stands in slot `start`, behind those in the cache."""

@@ -54,6 +54,36 @@ def test_cached_logits_equal_uncached_ones_at_every_position(num_views: int, ffn
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("chunks", [[N - 1], [1, 3, 2, 2], [4, 1, 3]])
+def test_reading_several_tokens_at_once_equals_reading_them_one_by_one(chunks: list[int]) -> None:
+    dalle, text, images = _dalle(), _captions(), _images()
+    expected = dalle(text, images)[1]
+    _, cache = dalle.prefill(text)
+    start = 0
+    for count in chunks:
+        logits = dalle.extend(images[:, start : start + count], cache)
+        assert torch.allclose(logits, expected[:, start + 1 : start + count + 1], atol=1e-5)
+        start += count
+    with pytest.raises(ValueError, match="the last to read is token 7"):
+        dalle.extend(images[:, -1:], cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taken_back", [1, 2, 4])
+def test_tokens_taken_back_leave_no_trace(taken_back: int) -> None:
+    dalle, text, images = _dalle(), _captions(), _images()
+    expected = dalle(text, images)[1]
+    _, cache = dalle.prefill(text)
+    dalle.extend(images[:, :2], cache)
+    wrong = images[:, 2:6].clone()
+    wrong[:, 4 - taken_back :] = (wrong[:, 4 - taken_back :] + 1) % STREAM.image_vocab
+    dalle.extend(wrong, cache)
+    cache.take_back(taken_back)
+    logits = dalle.extend(images[:, 6 - taken_back : 7], cache)
+    assert torch.allclose(logits[:, -1], expected[:, 7], atol=1e-5)
+
+
+@torch.no_grad()
 def test_one_prefilled_caption_serves_many_candidates() -> None:
     dalle, text, images = _dalle(), _captions()[:2], _images(6)
     expected = dalle(text.repeat_interleave(3, dim=0), images)[1]

@@ -16,9 +16,9 @@ ROOT = Path(dalle_mini_impl.__file__).parent
 PACKAGE = "dalle_mini_impl"
 LEVELS = [
     {"config", "stream", "text", "memory", "files"},
-    {"layers", "noise"},
+    {"layers", "noise", "filters"},
     {"vae", "dalle", "clip"},
-    {"sampling", "data", "rerank", "search", "guided", "pretrained", "sheet"},
+    {"sampling", "decoding", "data", "rerank", "search", "guided", "pretrained", "sheet"},
     {"training", "pipeline"},
     {"cli", "web", "bench", "evaluate", "__main__"},
 ]
@@ -27,6 +27,7 @@ WITHIN_A_LEVEL = {
     ("text", "config"),
     ("text", "stream"),
     ("__main__", "cli"),
+    ("sampling", "decoding"),
     ("cli", "evaluate"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +14,16 @@ from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.decoding import FREE
+from dalle_mini_impl.filters import choose, guidance_scales, guide, keep_min_p, keep_top_k, keep_top_p
 from dalle_mini_impl.noise import gumbel_noise, noise_key, philox
 from dalle_mini_impl.pretrained import Bundle
 from dalle_mini_impl.sampling import (
-    choose,
+    Samples,
+    every_row,
     fitting_batch_size,
-    guidance_scale,
-    guide,
-    keep_top_k,
-    keep_top_p,
     log_likelihood_ratio,
-    sample_many,
     sample_rows,
-    sample_tokens,
     stream_tokens,
 )
 from tests.tiny import TINY_CAPTIONS, randomize, tiny_bundle
@@ -48,6 +47,11 @@ def dalle(bundle: Bundle) -> DALLE:
 @pytest.fixture(scope="module")
 def text(bundle: Bundle) -> Tensor:
     return bundle.tokenizer.batch([PROMPT], bundle.stream.text_length)[0][0]  # (T,)
+
+
+def sample_tokens(dalle: DALLE, text: Tensor, candidates: Sequence[int], *, prompt: str, **options: Any) -> Samples:
+    """Candidates of one prompt, whose caption is text (T,)."""
+    return sample_rows(dalle, text[None], [prompt], every_row(1, candidates), **options)
 
 
 def _words(*values: int) -> tuple[Tensor, ...]:
@@ -88,7 +92,7 @@ def test_noise_depends_on_seed_prompt_candidate_and_position_alone() -> None:
 
 
 def _reference_probabilities(logits: np.ndarray, settings: SamplingConfig) -> np.ndarray:
-    """Temperature, top-k, top-p one obvious step at a time."""
+    """Temperature, top-k, top-p, min-p one obvious step at a time."""
     weights = np.exp((logits - logits.max()) / settings.temperature)
     order = np.argsort(-weights)
     if settings.top_k:
@@ -102,6 +106,7 @@ def _reference_probabilities(logits: np.ndarray, settings: SamplingConfig) -> np
         total += weights[token]
     mask = np.zeros_like(weights)
     mask[kept] = 1
+    mask[weights < settings.min_p * weights.max()] = 0
     return weights * mask / (weights * mask).sum()
 
 
@@ -113,7 +118,9 @@ def _reference_probabilities(logits: np.ndarray, settings: SamplingConfig) -> np
         SamplingConfig(top_p=1.0, temperature=1.7),
         SamplingConfig(top_p=1.0, top_k=5),
         SamplingConfig(top_p=0.8),
+        SamplingConfig(top_p=1.0, min_p=0.2),
         SamplingConfig(top_p=0.7, top_k=9, temperature=1.3),
+        SamplingConfig(top_p=0.9, min_p=0.1, temperature=1.3),
     ],
     ids=str,
 )
@@ -139,6 +146,9 @@ def test_filters_keep_what_they_should_and_leave_their_input_alone() -> None:
     assert keep_top_k(logits, 9) is logits
     assert keep_top_p(logits, 0.01).isfinite().tolist() == [[False, True, False, False]]
     assert keep_top_p(logits, 0.8).isfinite().tolist() == [[False, True, False, True]]
+    assert keep_min_p(logits, 0.3).isfinite().tolist() == [[False, True, False, True]]
+    assert keep_min_p(logits, 1.0).isfinite().tolist() == [[False, True, False, False]]
+    assert keep_min_p(logits, 0.0) is logits
     assert torch.equal(logits, before)
 
 
@@ -153,17 +163,23 @@ def test_temperature_zero_takes_the_likeliest_token(dalle: DALLE, text: Tensor) 
 @pytest.mark.parametrize(("schedule", "middle"), [("constant", 5.0), ("linear", 3.0), ("cosine", 3.0)])
 def test_guidance_schedules_run_from_one_to_the_scale(schedule: str, middle: float) -> None:
     settings = SamplingConfig.model_validate({"guidance": 5.0, "guidance_schedule": schedule})
-    scales = [guidance_scale(settings, index, 11) for index in range(11)]
+    scales = guidance_scales(settings, 11)
     assert scales[0] == (5.0 if schedule == "constant" else 1.0)
     assert scales[5] == pytest.approx(middle)
     assert scales[-1] == pytest.approx(5.0)
     assert scales == sorted(scales)
+    late = guidance_scales(settings.model_copy(update={"guidance_power": 2.0}), 11)
+    assert late[0] == scales[0] and late[-1] == scales[-1]
+    assert (late[5] < scales[5]) == (schedule == "cosine")
+    assert guidance_scales(settings, 1) == [5.0]
 
 
 def test_guidance_one_is_exactly_no_guidance() -> None:
-    conditional, null = torch.randn(2, 9), torch.randn(2, 9)
-    assert guide(conditional, null, 1.0) is conditional
-    assert torch.allclose(guide(conditional, null, 0.0), null)
+    conditional, null = torch.randn(2, 3, 9), torch.randn(2, 3, 9)
+    guided = guide(conditional, null, torch.tensor([1.0, 0.0, 2.0]))
+    assert torch.equal(guided[:, 0], conditional[:, 0])
+    assert torch.allclose(guided[:, 1], null[:, 1])
+    assert torch.allclose(guided[:, 2], 2 * conditional[:, 2] - null[:, 2], atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -176,10 +192,11 @@ def test_the_sampler_equals_the_slow_reference(dalle: DALLE, text: Tensor, sched
     slow = dalle.generate(
         text.expand(3, -1),
         lambda logits, index: choose(logits, settings, noise[:, index]),
-        guidance=lambda index: guidance_scale(settings, index, num_tokens),
+        guidance=lambda index: guidance_scales(settings, num_tokens)[index],
     )
-    fast = sample_tokens(dalle, text, range(3), seed=2, prompt=PROMPT, settings=settings)
-    assert torch.equal(fast.ids, slow)
+    for window in (1, 2, 5, 99):
+        fast = sample_tokens(dalle, text, range(3), seed=2, prompt=PROMPT, settings=settings, window=window)
+        assert torch.equal(fast.ids, slow), window
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -205,7 +222,7 @@ def test_tokens_dont_depend_on_the_other_candidates(dalle: DALLE, text: Tensor) 
 
 def test_tokens_dont_depend_on_the_other_prompts(bundle: Bundle, dalle: DALLE) -> None:
     text_ids, _ = bundle.tokenizer.batch(TINY_CAPTIONS, bundle.stream.text_length)
-    together = sample_many(dalle, text_ids, TINY_CAPTIONS, [0, 5], seed=0, settings=GUIDED, batch_size=4)
+    together = sample_rows(dalle, text_ids, TINY_CAPTIONS, every_row(3, [0, 5]), seed=0, settings=GUIDED, batch_size=4)
     for index, prompt in enumerate(TINY_CAPTIONS):
         alone = sample_tokens(dalle, text_ids[index], [0, 5], seed=0, prompt=prompt, settings=GUIDED)
         assert torch.equal(together.ids[2 * index : 2 * index + 2], alone.ids)
@@ -213,42 +230,99 @@ def test_tokens_dont_depend_on_the_other_prompts(bundle: Bundle, dalle: DALLE) -
         assert torch.allclose(together.log_ratio[2 * index : 2 * index + 2], alone.log_ratio, atol=1e-4)
 
 
-def test_a_guidance_of_one_doesnt_pay_for_a_null_pass(
-    dalle: DALLE, text: Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Tensor]]:
+    """Rows, tokens and logits of every pass over picture tokens."""
+    seen: list[tuple[int, int, Tensor]] = []
+    extend = DALLE.extend
+
+    def spy(self: DALLE, ids: Tensor, *args: Any) -> Tensor:
+        logits = extend(self, ids, *args)
+        seen.append((*ids.shape, logits))
+        return logits
+
+    monkeypatch.setattr(DALLE, "extend", spy)
+    return seen
+
+
+def test_where_the_scale_is_one_no_null_pass_is_paid_for(
+    dalle: DALLE, text: Tensor, passes: list[tuple[int, int, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[int] = []
-    step = DALLE.decode_step
-
-    def spy(self: DALLE, previous: Tensor, *args: object) -> Tensor:
-        rows.append(len(previous))
-        return step(self, previous, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(DALLE, "decode_step", spy)
+    steps = dalle.stream.num_image_tokens - 1
     sample_tokens(dalle, text, range(3), seed=0, prompt=PROMPT, settings=UNGUIDED, log_ratio=False)
-    assert set(rows) == {3}
-    rows.clear()
+    assert [shape[:2] for shape in passes] == [(3, 1)] * steps
+    passes.clear()
     sample_tokens(dalle, text, range(3), seed=0, prompt=PROMPT, settings=GUIDED)
-    assert set(rows) == {6}
+    assert [shape[:2] for shape in passes] == [(6, 1)] * steps
+    passes.clear()
+    scales = [1.0] * 6 + [3.0] * (steps - 5)
+    monkeypatch.setattr("dalle_mini_impl.decoding.guidance_scales", lambda *_: scales)
+    late = sample_tokens(dalle, text, range(3), seed=0, prompt=PROMPT, settings=GUIDED)
+    assert [shape[:2] for shape in passes] == [(3, 1)] * 5 + [(3, 5)] + [(6, 1)] * (steps - 5)
+    assert late.log_ratio is not None
+    whole = log_likelihood_ratio(dalle, text.expand(3, -1), late.ids)
+    assert torch.allclose(late.log_ratio, whole, atol=1e-4)
+    for window in (2, 4, 50):
+        again = sample_tokens(dalle, text, range(3), seed=0, prompt=PROMPT, settings=GUIDED, window=window)
+        assert torch.equal(again.ids, late.ids)
+        assert again.log_ratio is not None and torch.allclose(again.log_ratio, late.log_ratio, atol=1e-4)
 
 
 def test_guidance_doesnt_fade_after_the_first_token(
-    dalle: DALLE, text: Tensor, monkeypatch: pytest.MonkeyPatch
+    dalle: DALLE, text: Tensor, passes: list[tuple[int, int, Tensor]]
 ) -> None:
-    differences: list[float] = []
-    step = DALLE.decode_step
-
-    def spy(self: DALLE, *args: object) -> Tensor:
-        logits = step(self, *args)  # type: ignore[arg-type]
-        conditional, null = logits.chunk(2)
-        differences.append((conditional - null).abs().max().item())
-        return logits
-
-    monkeypatch.setattr(DALLE, "decode_step", spy)
     given = text.clone()
     sample_tokens(dalle, given, range(2), seed=0, prompt=PROMPT, settings=GUIDED)
+    differences = [(logits[:2] - logits[2:]).abs().max().item() for _, _, logits in passes]
     assert len(differences) == dalle.stream.num_image_tokens - 1
     assert min(differences) > 0.01
     assert torch.equal(given, text), "the caption was written to"
+
+
+def test_several_tokens_at_a_time_take_fewer_passes(
+    dalle: DALLE, text: Tensor, passes: list[tuple[int, int, Tensor]]
+) -> None:
+    """A greedy picture settles into repeats, which are easy to guess."""
+    greedy = SamplingConfig(temperature=0.0, guidance=1.0)
+    one = sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=greedy, log_ratio=False)
+    num_single = len(passes)
+    passes.clear()
+    many = sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=greedy, log_ratio=False, window=8)
+    assert torch.equal(one.ids, many.ids)
+    assert len(passes) < num_single == dalle.stream.num_image_tokens - 1
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("settings", [GUIDED, UNGUIDED], ids=["guided", "unguided"])
+def test_given_tokens_stay_and_the_others_follow_from_them(
+    dalle: DALLE, text: Tensor, settings: SamplingConfig, window: int
+) -> None:
+    def draw(known: Tensor) -> Samples:
+        return sample_tokens(dalle, text, [4, 9], seed=0, prompt=PROMPT, settings=settings, known=known, window=window)
+
+    num_tokens = dalle.stream.num_image_tokens
+    nothing = torch.full((2, num_tokens), FREE)
+    free = draw(nothing)
+    plain = sample_tokens(dalle, text, [4, 9], seed=0, prompt=PROMPT, settings=settings)
+    assert torch.equal(free.ids, plain.ids)
+    for first in (1, 5, num_tokens - 1, num_tokens):
+        known = nothing.clone()
+        known[:, :first] = free.ids[:, :first]
+        again = draw(known)
+        assert torch.equal(again.ids, free.ids), "its own first tokens are completed to the same picture"
+        assert again.log_ratio is not None
+        drawn = log_likelihood_ratio(dalle, text.expand(2, -1), again.ids, known=known)
+        assert torch.allclose(again.log_ratio, drawn, atol=1e-4)
+    known = nothing.clone()
+    known[0, [0, 7, 8]] = torch.tensor([3, 1, 2])  # the other picture is free
+    partly = draw(known)
+    assert partly.ids[0, [0, 7, 8]].tolist() == [3, 1, 2]
+    assert torch.equal(partly.ids[1], free.ids[1])
+    assert not torch.equal(partly.ids[0], free.ids[0])
+    with pytest.raises(ValueError, match="known has shape"):
+        draw(known[:1])
+    with pytest.raises(ValueError, match="known ids must be below 32"):
+        draw(torch.full((2, num_tokens), 32))
 
 
 def test_the_ratio_of_the_guidance_passes_is_that_of_whole_passes(dalle: DALLE, text: Tensor) -> None:
@@ -309,6 +383,8 @@ def test_the_batch_that_fits_shrinks_with_guidance_and_never_to_nothing(
 def test_bad_requests_are_explained(bundle: Bundle, dalle: DALLE, text: Tensor) -> None:
     with pytest.raises(ValueError, match="batch_size is 0"):
         sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=GUIDED, batch_size=0)
+    with pytest.raises(ValueError, match="window is 0"):
+        sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=GUIDED, window=0)
     with pytest.raises(ValueError, match="1 captions came with 2 prompts"):
         sample_rows(dalle, text[None], [PROMPT, "x"], [(0, 0)], seed=0, settings=GUIDED)
     with pytest.raises(ValueError, match=r"row \(1, 0\)"):
@@ -328,7 +404,7 @@ def test_prompts_of_any_length_draw_in_one_call_what_they_draw_alone(bundle: Bun
     prompts = [PROMPT, "red", "a red circle to the left of a blue square on a gray background"]
     text, _ = bundle.tokenizer.batch(prompts, stream.text_length)
     assert len(stream.groups(text)) > 1
-    together = sample_many(dalle, text, prompts, [0, 1], seed=3, settings=GUIDED)
+    together = sample_rows(dalle, text, prompts, every_row(3, [0, 1]), seed=3, settings=GUIDED)
     for index, prompt in enumerate(prompts):
         alone = sample_tokens(dalle, text[index], [0, 1], seed=3, prompt=prompt, settings=GUIDED)
         assert torch.equal(together.ids[2 * index : 2 * index + 2], alone.ids)

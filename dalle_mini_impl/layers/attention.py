@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ class KVCache:
     """Keys and values of every layer, preallocated: two tensors (layers, B, H, capacity, D).
 
     last: (layers, 2, B, dim), the last token as each layer's two token shifts read it. length: tokens that are filled.
-    prompt_length: how many of them were there before the first decoded one.
+    prompt_length: how many of them were there before the first decoded one. Several tokens can be appended at once,
+    and as many of the latest taken back.
     """
 
     keys: Tensor
@@ -26,6 +27,8 @@ class KVCache:
     last: Tensor
     length: int = 0
     prompt_length: int = 0
+    latest: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+    """By layer and shift: (B, n + 1, dim), the latest n > 1 tokens appended at once and the one ahead of them."""
 
     @classmethod
     def allocate(
@@ -54,11 +57,21 @@ class KVCache:
 
     def select(self, rows: Tensor) -> KVCache:
         """A new cache whose row i is row rows[i] of this one; rows (n,) int64, repeats allowed."""
-        return replace(self, keys=self.keys[:, rows], values=self.values[:, rows], last=self.last[:, :, rows])
+        return replace(
+            self, keys=self.keys[:, rows], values=self.values[:, rows], last=self.last[:, :, rows], latest={}
+        )
 
     def expand(self, copies: int) -> KVCache:
         """A new cache with each row repeated `copies` times in a run: prefill once, draw many candidates."""
         return self.select(torch.arange(self.keys.shape[1], device=self.keys.device).repeat_interleave(copies))
+
+    def beside(self, other: KVCache) -> KVCache:
+        """A new cache with this one's rows and then the other's, which holds as many tokens."""
+        if (self.length, self.prompt_length) != (other.length, other.prompt_length):
+            raise ValueError(f"caches of {self.length} and {other.length} tokens can't be one")
+        parts = ((self.keys, other.keys), (self.values, other.values), (self.last, other.last))
+        keys, values, last = (torch.cat(pair, dim=dim) for pair, dim in zip(parts, (1, 1, 2), strict=True))
+        return replace(self, keys=keys, values=values, last=last, latest={})
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, H, n, D) keys and values behind the filled length; returns all keys and values of the layer.
@@ -76,26 +89,41 @@ class KVCache:
         """The token (B, dim) ahead of the new ones x (B, n, dim), whose last one takes its place."""
         before = self.last[layer, which].to(x.dtype, copy=True)
         self.last[layer, which] = x[:, -1]
+        if x.shape[1] > 1:
+            self.latest[layer, which] = torch.cat([before[:, None], x], dim=1)
+        else:
+            self.latest.clear()
         return before
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that every layer has written."""
         self.length += tokens
 
+    def take_back(self, tokens: int) -> None:
+        """Forgets the last `tokens` of those that were appended at once: the next ones are written over them."""
+        self.length -= tokens
+        for (layer, which), x in self.latest.items():
+            self.last[layer, which] = x[:, -1 - tokens]
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Tensor:
     """Scaled dot-product attention of (B, H, L, D) queries over (B, H, M, D) keys and values.
 
+    is_causal: the queries are those of the last L keys, and none sees a later key.
     On the CPU in bf16 the fused kernel is slow, with one query and in its backward pass; short streams run 3 times
     faster as two batched products and a softmax.
     """
+    num_queries, num_keys = q.shape[2], k.shape[2]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512 and mask is None and not dropout:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, L, M)
         if is_causal:
-            future = torch.full(scores.shape[2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
-            scores = scores + future
+            future = torch.full((num_queries, num_keys), -torch.inf, dtype=scores.dtype, device=scores.device)
+            scores = scores + future.triu(1 + num_keys - num_queries)
         mixed: Tensor = scores.softmax(dim=-1) @ v
         return mixed
+    if is_causal and num_queries < num_keys:  # the kernel's own mask would count the queries from the first key
+        mask = torch.ones((num_queries, num_keys), dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
+        is_causal = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
 
 
@@ -127,7 +155,7 @@ class Attention(nn.Module):
         """Mixes x, (B, L, dim), over its tokens and those in the cache.
 
         rope: cos and sin, (L, D/2), of the positions of x. mask: (B, 1, 1, L) bool, True where a key may be seen,
-        only without a cache. A causal attention with a cache takes either the first L tokens at once or one token.
+        only without a cache. cache: holds the tokens before x, and then those of x, too.
         """
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         q, k = self.query_norm(q), self.key_norm(k)  # (B, H, L, D)
@@ -135,7 +163,6 @@ class Attention(nn.Module):
             cos, sin = (table.to(q.dtype) for table in rope)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            assert x.shape[1] == 1 or cache.length == 0, "a cache is filled from the start, or token by token"
             k, v = cache.append(layer, k, v)
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k.to(q.dtype), v.to(q.dtype), mask, dropout, self.causal and x.shape[1] > 1)

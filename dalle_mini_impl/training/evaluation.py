@@ -16,7 +16,7 @@ from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache
-from dalle_mini_impl.sampling import sample_many
+from dalle_mini_impl.sampling import every_row, sample_rows
 from dalle_mini_impl.sheet import contact_sheet, reconstruction_sheet, save_sheet, to_pil
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training.batches import Indices
@@ -185,11 +185,11 @@ def draw_samples(
         captions = [data.captions[i][0] for i in own]
         text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(context.accelerator.device)
         with context.autocast():
-            samples = sample_many(
+            samples = sample_rows(
                 dalle,
                 text,
                 captions,
-                range(NUM_CANDIDATES),
+                every_row(len(captions), range(NUM_CANDIDATES)),
                 seed=recipe.seed,
                 settings=recipe.sampling,
                 log_ratio=False,

@@ -1,0 +1,207 @@
+"""The decoding loop: from a prefilled prompt to whole pictures, a token or several at a time.
+
+`Branches` runs the transformer with and without the caption; `decode` draws. With a window of w > 1 tokens it is
+Jacobi decoding: w tokens are guessed, one pass says what each of them would be, and as many as agree from the first
+on are kept, and the next one, which the agreeing ones decide. The noise belongs to the position, so the tokens are
+those that one at a time would give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.config import SamplingConfig
+from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.filters import choose, guidance_scales, guide
+from dalle_mini_impl.noise import gumbel_noise, noise_key
+from dalle_mini_impl.stream import NULL
+
+FREE = -1
+"""Stands in `known` where a token is to be drawn."""
+_NOISE_BLOCK = 1 << 20  # numbers of noise drawn ahead
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A batch of pictures while it is drawn.
+
+    ids: (n, index) int64, a view of a buffer that later steps only write behind. index: tokens that are there so far.
+    log_ratio: (n,) Σ log p(x | caption) - log p(x | null) over those that were drawn; None where no null pass is made.
+    """
+
+    ids: Tensor
+    index: int
+    log_ratio: Tensor | None
+
+
+class Noise:
+    """The Gumbel noise of a batch of rows, made some positions ahead."""
+
+    def __init__(self, keys: Tensor, owners: Tensor, candidates: Tensor, vocab_size: int) -> None:
+        self.keys, self.owners, self.candidates, self.vocab_size = keys, owners, candidates, vocab_size
+        self._block_length = max(1, _NOISE_BLOCK // (len(owners) * vocab_size))
+        self._start, self._block = 0, torch.empty(0, 0, 0)
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[str], rows: Sequence[tuple[int, int]], seed: int, vocab_size: int, device: torch.device
+    ) -> Noise:
+        """Noise of (prompt index, candidate number) rows; `owners` (n,) are their prompts."""
+        table = torch.tensor(rows, dtype=torch.long, device=device)  # (n, 2)
+        keys = torch.tensor([noise_key(seed, prompt) for prompt in prompts], device=device)
+        return cls(keys[table[:, 0]], table[:, 0], table[:, 1], vocab_size)
+
+    def at(self, start: int, end: int) -> Tensor:
+        """(n, end - start, V) of some positions; quick where they move forward."""
+        if not self._start <= start <= end <= self._start + self._block.shape[1]:
+            length = max(end - start, self._block_length)
+            self._start = start
+            self._block = gumbel_noise(self.keys, self.candidates, start, start + length, self.vocab_size)
+        return self._block[:, start - self._start : end - self._start]
+
+
+class Branches:
+    """The transformer over n pictures that share P captions; the null branch joins when it is first needed.
+
+    captions: (P, t), read once each. owners: (n,) the caption of each picture.
+    """
+
+    def __init__(self, dalle: DALLE, captions: Tensor, owners: Tensor) -> None:
+        self.dalle = dalle
+        self._num_slots = captions.shape[1]
+        logits, cache = dalle.prefill(captions.to(owners.device))
+        self.first = logits[owners, None].float()
+        """Logits (n, 1, V) of image id 0."""
+        self._cache = cache.select(owners)
+        self._guided = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether `read` gives null logits, too."""
+        return self._guided
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Reads the next k ids (n, k); conditional and null logits (n, k, V) of the id after each."""
+        if not self._guided:
+            return self.dalle.extend(ids, self._cache).float(), None
+        logits = self.dalle.extend(ids.repeat(2, 1), self._cache).float()
+        conditional, null = logits.chunk(2)
+        return conditional, null
+
+    def take_back(self, tokens: int) -> None:
+        """Forgets the last `tokens` that the latest `read` has read."""
+        if tokens:
+            self._cache.take_back(tokens)
+
+    def add_null(self, ids: Tensor) -> Tensor:
+        """Lets the null branch catch up on the ids (n, k) read so far; null logits (n, k + 1, V) of ids 0 … k.
+
+        The null caption is read once for all pictures, and what they hold so far in one pass.
+        """
+        num_rows = len(ids)
+        null_caption = torch.full((1, self._num_slots), NULL, device=ids.device)
+        logits, cache = self.dalle.prefill(null_caption)
+        cache = cache.expand(num_rows)
+        parts = [logits.expand(num_rows, -1)[:, None]]
+        if ids.shape[1]:
+            parts.append(self.dalle.extend(ids, cache))
+        self._cache = self._cache.beside(cache)
+        self._guided = True
+        return torch.cat(parts, dim=1).float()
+
+
+@torch.no_grad()
+def decode(
+    branches: Branches, noise: Noise, settings: SamplingConfig, known: Tensor | None, window: int
+) -> Iterator[Partial]:
+    """Draws the pictures of `branches`; see `sampling.stream_tokens`."""
+    num_tokens, num_rows, device = branches.dalle.stream.num_image_tokens, len(noise.owners), noise.owners.device
+    scale_list = guidance_scales(settings, num_tokens)
+    guided_from = next((index for index, scale in enumerate(scale_list) if scale != 1.0), num_tokens)
+    scales = torch.tensor(scale_list, device=device)
+    known = torch.full((num_rows, num_tokens), FREE, device=device) if known is None else known.to(device)
+    given = _leading(known)
+    ids = torch.empty((num_rows, num_tokens), dtype=torch.long, device=device)
+    ids[:, :given] = known[:, :given]
+    ratio = _Ratio(num_rows, known, device) if guided_from < num_tokens else None
+    if given:
+        yield Partial(ids[:, :given], given, None if ratio is None else ratio.total)
+    if given > 1:
+        branches.read(ids[:, : given - 1])
+    index = given
+    left = ids[:, :0]  # what the last pass drew beyond what was kept
+    while index < num_tokens:
+        if guided_from <= index and not branches.guided:
+            caught_up = branches.add_null(ids[:, : max(0, index - 1)])
+            if ratio is not None and index:
+                ratio.subtract(caught_up, ids[:, :index], 0)
+        if index == 0:
+            guess, (conditional, null) = left, (branches.first, caught_up if branches.guided else None)
+        else:
+            limit = guided_from if index < guided_from else num_tokens  # a pass is either guided or not
+            guess = _guess(left, ids, index, min(window - 1, limit - index - 1), known)
+            conditional, null = branches.read(torch.cat([ids[:, index - 1 : index], guess], dim=1))
+        end = index + conditional.shape[1]
+        logits = conditional if null is None else guide(conditional, null, scales[index:end])
+        drawn = choose(logits, settings, noise.at(index, end))  # (n, 1 + guesses)
+        drawn = torch.where(known[:, index:end] == FREE, drawn, known[:, index:end])
+        kept = 1 + _num_agreeing(guess, drawn)
+        branches.take_back(conditional.shape[1] - kept)
+        ids[:, index : index + kept] = drawn[:, :kept]
+        left = drawn[:, kept:]
+        if ratio is not None:
+            ratio.add(conditional[:, :kept], drawn[:, :kept], index)
+            if null is not None:
+                ratio.subtract(null[:, :kept], drawn[:, :kept], index)
+        index += kept
+        yield Partial(ids[:, :index], index, None if ratio is None else ratio.total)
+
+
+class _Ratio:
+    """The running log-likelihood ratio of the tokens that are drawn, not given."""
+
+    def __init__(self, num_rows: int, known: Tensor, device: torch.device) -> None:
+        self.total = torch.zeros(num_rows, device=device)
+        self._free = known == FREE
+
+    def add(self, logits: Tensor, ids: Tensor, start: int) -> None:
+        """Adds Σ log p of ids (n, k) at positions from `start` on under their logits (n, k, V)."""
+        self.total = self.total + self._sum(logits, ids, start)
+
+    def subtract(self, logits: Tensor, ids: Tensor, start: int) -> None:
+        """The same with the other sign."""
+        self.total = self.total - self._sum(logits, ids, start)
+
+    def _sum(self, logits: Tensor, ids: Tensor, start: int) -> Tensor:
+        likelihoods = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+        return (likelihoods * self._free[:, start : start + ids.shape[1]]).sum(dim=1)
+
+
+def _leading(known: Tensor) -> int:
+    """How many of the first cells are given in all pictures."""
+    is_given = (known != FREE).all(dim=0)
+    return int(is_given.long().cumprod(dim=0).sum())
+
+
+def _num_agreeing(guess: Tensor, drawn: Tensor) -> int:
+    """How many of the first guesses (n, k) are what was drawn, in all pictures."""
+    if guess.shape[1] == 0:  # token by token: no wait for the device
+        return 0
+    agree = (guess == drawn[:, : guess.shape[1]]).all(dim=0)
+    return int(agree.long().cumprod(dim=0).sum())
+
+
+def _guess(left: Tensor, ids: Tensor, index: int, count: int, known: Tensor) -> Tensor:
+    """Guesses (n, count) for the ids from `index` on: what the last pass drew there, then repeats of the newest id."""
+    if count <= 0:
+        return left[:, :0]
+    guess = left[:, :count]
+    if guess.shape[1] < count:
+        newest = ids[:, index - 1 : index] if guess.shape[1] == 0 else guess[:, -1:]
+        guess = torch.cat([guess, newest.expand(-1, count - guess.shape[1])], dim=1)
+    given = known[:, index : index + count]
+    return torch.where(given == FREE, guess, given)
