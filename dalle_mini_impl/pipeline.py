@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.data.pictures import to_rgb, to_square
+from dalle_mini_impl.editing import keep_first, keep_outside
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
 from dalle_mini_impl.rerank import score_pairs
 from dalle_mini_impl.sampling import sample_rows
@@ -97,18 +99,46 @@ class TextToImage:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        known: Tensor | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[RankedPicture]:
         """Draws `candidates` pictures of a prompt and returns the best `keep` (default 4), best first.
 
-        guidance, temperature, top_k, top_p: as in `SamplingConfig`, default what the checkpoint says. batch_size:
-        pictures drawn at once; it doesn't change them. progress: called with the tokens drawn and their total.
+        guidance, temperature, top_k, top_p, min_p: as in `SamplingConfig`, default what the checkpoint says. known: see
+        `draw_jobs`. batch_size: pictures drawn at once; it doesn't change them. progress: called with the tokens drawn
+        and their total.
         """
-        settings = self.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
-        return self.draw([prompt], candidates, keep, seed, settings=settings, batch_size=batch_size, progress=progress)[
-            0
-        ]
+        settings = self.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        return self.draw(
+            [prompt], candidates, keep, seed, settings=settings, known=known, batch_size=batch_size, progress=progress
+        )[0]
+
+    def tokens_of(self, picture: Image.Image) -> Tensor:
+        """The image ids (N,) of any picture, cut or fitted to a square as the training pictures were."""
+        data = self.bundle.recipe.data
+        pixels = torch.from_numpy(to_square(to_rgb(picture), data.image_size, data.fit)).permute(2, 0, 1)
+        device = next(self.vae.parameters()).device
+        with torch.no_grad():
+            return self.vae.encode(pixels[None].to(device).float() / 255)[0].cpu()
+
+    def complete(
+        self,
+        picture: Image.Image | Tensor,
+        prompt: str,
+        share: float = 0.5,
+        mask: Image.Image | None = None,
+        **options: Any,
+    ) -> list[RankedPicture]:
+        """Draws variations of a picture, or of image ids (N,), that keep a part of it; ranked, best first.
+
+        share: of its tokens that are kept, from the top. mask: instead, white where it is to be drawn anew. options:
+        as in a call.
+        """
+        ids = picture if isinstance(picture, Tensor) else self.tokens_of(picture)
+        known = keep_first(ids, share) if mask is None else keep_outside(ids, mask)
+        return self(prompt, known=known, **options)
 
     def draw(
         self,
@@ -118,13 +148,16 @@ class TextToImage:
         seed: int = 0,
         *,
         settings: SamplingConfig | None = None,
+        known: Tensor | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[RankedPicture]]:
         """Draws every prompt in common batches; returns the ranked pictures of each, as with it alone."""
         keep = check_counts(candidates, keep)
         jobs = [(prompt, candidate) for prompt in range(len(prompts)) for candidate in range(candidates)]
-        pictures = self.draw_jobs(prompts, jobs, seed, settings=settings, batch_size=batch_size, progress=progress)
+        pictures = self.draw_jobs(
+            prompts, jobs, seed, settings=settings, known=known, batch_size=batch_size, progress=progress
+        )
         return [rank(pictures[first : first + candidates], keep) for first in range(0, len(pictures), candidates)]
 
     def draw_jobs(
@@ -134,11 +167,13 @@ class TextToImage:
         seed: int = 0,
         *,
         settings: SamplingConfig | None = None,
+        known: Tensor | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[RankedPicture]:
         """Draws (prompt index, candidate number) jobs in their order, scored but not ranked yet.
 
+        known: (N,) image ids that every picture is given, FREE (-1) where it is to be drawn; see `editing`.
         It is how several processes share the work: each draws its own jobs, and they are ranked together.
         """
         text_ids, _ = self.bundle.tokenizer.batch(list(prompts), self.bundle.stream.text_length)
@@ -149,6 +184,7 @@ class TextToImage:
             jobs,
             seed=seed,
             settings=settings or self.bundle.recipe.sampling,
+            known=None if known is None else known.expand(len(jobs), -1),
             batch_size=batch_size,
             progress=progress,
         )

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dalle_mini_impl.cli.app import VERBS, main
-from dalle_mini_impl.sheet import read_metadata
+from dalle_mini_impl.sheet import read_metadata, save_png
 from tests.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,61 @@ def test_every_kept_picture_is_a_png_with_its_settings(drawn: Path) -> None:
         assert sheet.width > 2 * 128
 
 
+def test_a_picture_is_replayed_from_its_file(
+    checkpoint: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line in _results(drawn):
+        assert _run("replay", drawn / line["file"], "--out", tmp_path / "again.png") == 0
+        assert f"the same 64 tokens: {line['prompt']!r}" in capsys.readouterr().out
+        with Image.open(tmp_path / "again.png") as again, Image.open(drawn / line["file"]) as before:
+            pixels = [np.asarray(image, dtype=int) for image in (again, before)]
+            assert abs(pixels[0] - pixels[1]).max() <= 1, "the same tokens; a batch of another size rounds otherwise"
+    facts = read_metadata(drawn / line["file"])
+    with Image.open(drawn / line["file"]) as picture:
+        save_png(picture, tmp_path / "other.png", {**facts, "tokens": [*facts["tokens"][:-2], -5, -5]})
+        save_png(picture, tmp_path / "older.png", {**facts, "checkpoint_hash": "0" * 12})
+    assert _run("replay", tmp_path / "other.png") == 1
+    assert "2 of 64 tokens differ" in capsys.readouterr().err
+    assert _run("replay", tmp_path / "older.png") == 2
+    assert "was drawn by checkpoint 000000000000" in capsys.readouterr().err
+    assert _run("replay", drawn / "sheet.png") == 2
+    assert "is no single picture" in capsys.readouterr().err
+
+
+def test_variations_keep_a_part_of_a_picture_and_can_be_replayed(
+    checkpoint: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    origin = drawn / _results(drawn)[0]["file"]
+    tokens = read_metadata(origin)["tokens"]
+    options = ("--checkpoint", checkpoint, "--candidates", 3, "--seed", 9)
+    assert _run("sample", *options, "--from", origin, "--keep", 0.4, "--out", tmp_path / "share") == 0
+    lines = _results(tmp_path / "share")
+    assert {line["prompt"] for line in lines} == {PROMPTS[0]}, "the prompt of the picture is the default"
+    assert len(lines) == 3
+    for line in lines:
+        ours = read_metadata(tmp_path / "share" / line["file"])["tokens"]
+        assert ours[:26] == tokens[:26] and ours[26:] != tokens[26:]
+        assert _run("replay", tmp_path / "share" / line["file"]) == 0
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (40, 56, 64, 64))  # the last row of cells, from the sixth column on
+    mask.save(tmp_path / "mask.png")
+    masked = ("--from", origin, "--mask", tmp_path / "mask.png", "--keep", 2, "--prompt", "blue")
+    assert _run("sample", *options, *masked, "--out", tmp_path / "masked") == 0
+    lines = _results(tmp_path / "masked")
+    assert [line["prompt"] for line in lines] == ["blue", "blue"]
+    for line in lines:
+        assert read_metadata(tmp_path / "masked" / line["file"])["tokens"][:61] == tokens[:61]
+    photo = Image.new("RGB", (50, 40), "red")
+    photo.save(tmp_path / "photo.jpg")
+    foreign = ("--from", tmp_path / "photo.jpg", "--keep", 0.5, "--out", tmp_path / "foreign")
+    capsys.readouterr()
+    assert _run("sample", *options, *foreign) == 2
+    assert "there is no prompt" in capsys.readouterr().err
+    assert _run("sample", *options, *foreign, "--prompt", "red") == 0
+    halves = [read_metadata(path)["tokens"][:32] for path in (tmp_path / "foreign").glob("0*.png")]
+    assert len(halves) == 3 and halves[0] == halves[1] == halves[2]
+
+
 def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_path: Path) -> None:
     launch = "-m accelerate.commands.launch --config_file configs/accelerate/cpu2.yaml --main_process_port 0"
     options = ["--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--out", tmp_path]
@@ -91,6 +147,11 @@ def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_pa
         ([], "there is no prompt"),
         (["--prompt", "   "], "there is no prompt"),
         (["--prompts", "nowhere.txt"], "can't be read from nowhere.txt"),
+        (["--prompt", "x", "--keep", "0.5"], "--keep 0.5 is a share of the picture of --from"),
+        (["--prompt", "x", "--keep", "2.5"], "--keep is 2.5; give a whole number"),
+        (["--prompt", "x", "--keep", "0"], "--keep is 0; give a whole number"),
+        (["--prompt", "x", "--mask", "m.png"], "--mask belongs to --from"),
+        (["--prompt", "x", "--from", "nowhere.png"], "nowhere.png can't be read as a picture"),
         (["--prompt", "x", "--keep", "20"], "keep is 20, but of 16 candidates"),
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "x", "--checkpoint", "nothing-here"], "no checkpoint 'nothing-here'"),

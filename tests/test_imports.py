@@ -18,7 +18,7 @@ LEVELS = [
     {"config", "stream", "text", "memory", "files"},
     {"layers", "noise", "filters"},
     {"vae", "dalle", "clip"},
-    {"sampling", "decoding", "data", "rerank", "search", "guided", "pretrained", "sheet"},
+    {"sampling", "decoding", "editing", "data", "rerank", "search", "guided", "pretrained", "sheet"},
     {"training", "pipeline"},
     {"cli", "web", "bench", "evaluate", "__main__"},
 ]
@@ -28,6 +28,7 @@ WITHIN_A_LEVEL = {
     ("text", "stream"),
     ("__main__", "cli"),
     ("sampling", "decoding"),
+    ("editing", "decoding"),
     ("cli", "evaluate"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""

@@ -19,6 +19,7 @@ VERBS = {
     "sample": "Draw pictures for prompts and rank them.",
     "train": "Train on captioned pictures, every stage in turn.",
     "rerank": "Rank a folder of pictures against a prompt, or plot quality against the number of candidates.",
+    "replay": "Draw a picture again from the settings inside its file.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
     "export": "Copy a checkpoint with its weights in 16 bits, to ship or to share.",
 }

@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from torch import Tensor
 
     from dalle_mini_impl.config import SamplingConfig
     from dalle_mini_impl.pipeline import Progress, RankedPicture, TextToImage
@@ -26,12 +27,22 @@ def sample(
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
     candidates: Annotated[int, typer.Option(min=1, help="Pictures to draw for each prompt.")] = 16,
-    keep: Annotated[int | None, typer.Option(min=1, help="Best pictures to keep of each prompt. (default 4)")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Best pictures to keep of each prompt (default 4); below 1: the share of --from's picture to keep."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Strength of the prompt; 1 is none.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is safer, above 1 wilder.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0 is all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that add up to this.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest's chance.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="A picture to vary; its own prompt is the default.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="With --from: white where it is to be drawn anew.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures drawn at once. (default what fits)")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs"),
 ) -> None:
@@ -39,27 +50,35 @@ def sample(
 
     Writes the kept pictures as PNGs with their settings inside, results.jsonl with a line for each, and sheet.png,
     the ranked contact sheet. Under `accelerate launch` the processes share the work; the pictures are the same.
+
+    `--from out.png --keep 0.4` draws variations that share the upper two fifths of a picture, drawn here or any other.
     """
-    texts = read_prompts(prompt, prompts)
     # Imported here: --help must not wait for torch.
+    from dalle_mini_impl.cli.origin import Origin, kept_parts
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import naming
     from dalle_mini_impl.pipeline import TextToImage, check_counts
 
-    keep = check_counts(candidates, keep)
+    number, share = kept_parts(keep, from_, mask)
+    origin = None if from_ is None else Origin.read(from_)
+    if origin is not None and origin.prompt and not prompt and prompts is None:
+        prompt = [origin.prompt]
+    texts = read_prompts(prompt, prompts)
+    number = check_counts(candidates, number)
     state = process_state()
     model = TextToImage.from_pretrained(checkpoint, state.device)
-    settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    known = None if origin is None else origin.known(model, share, mask)
     if state.is_main_process:
         _warn_of_cuts(model, texts)
         out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     total = len(texts) * candidates * model.dalle.stream.num_image_tokens // state.num_processes
     with progress_bar(total, shown=state.is_main_process) as progress:
-        ranked = _draw(model, texts, candidates, keep, seed, settings, batch_size, state, progress)
+        ranked = _draw(model, texts, candidates, number, seed, settings, known, batch_size, state, progress)
         if state.is_main_process:
             with naming(out):
-                num_kept = _write(ranked, out, model, checkpoint, settings)
+                num_kept = _write(ranked, out, model, checkpoint, settings, known)
         else:
             for _ in ranked:
                 pass
@@ -92,6 +111,7 @@ def _draw(
     keep: int,
     seed: int,
     settings: SamplingConfig,
+    known: Tensor | None,
     batch_size: int | None,
     state: PartialState,
     progress: Progress,
@@ -111,7 +131,9 @@ def _draw(
         def advance(tokens: int, _: int, done: int = done) -> None:
             progress(done + tokens, 0)
 
-        drawn = model.draw_jobs(part, own_jobs, seed, settings=settings, batch_size=batch_size, progress=advance)
+        drawn = model.draw_jobs(
+            part, own_jobs, seed, settings=settings, known=known, batch_size=batch_size, progress=advance
+        )
         done += len(own_jobs) * model.dalle.stream.num_image_tokens
         own: list[list[RankedPicture]] = [[] for _ in part]
         for (prompt, _), picture in zip(own_jobs, drawn, strict=True):
@@ -123,7 +145,12 @@ def _draw(
 
 
 def _write(
-    ranked: Iterator[list[RankedPicture]], out: Path, model: TextToImage, checkpoint: str, settings: SamplingConfig
+    ranked: Iterator[list[RankedPicture]],
+    out: Path,
+    model: TextToImage,
+    checkpoint: str,
+    settings: SamplingConfig,
+    known: Tensor | None,
 ) -> int:
     """Writes PNGs, results.jsonl and the sheets as the pictures come; returns the number of pictures kept."""
     from dalle_mini_impl import __version__
@@ -134,6 +161,7 @@ def _write(
         "checkpoint": checkpoint,
         "checkpoint_hash": model.bundle.checkpoint_hash,
         "package_version": __version__,
+        "known": None if known is None else known.tolist(),
     }
     rows: list[Row] = []
     num_kept = 0

@@ -1,0 +1,56 @@
+"""``dalle-mini replay``: draw a picture again from the settings inside its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A PNG that was drawn by `sample`.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Where its checkpoint is now; default: where it was then.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the picture that was drawn again.")] = None,
+) -> None:
+    """Draw a picture again from the settings inside its file, and compare the tokens: they must be the same.
+
+    Exit status 1 says that they are not.
+    """
+    import torch
+    from pydantic import ValidationError
+
+    from dalle_mini_impl.cli.origin import Origin
+    from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.config import SamplingConfig
+    from dalle_mini_impl.pipeline import TextToImage
+    from dalle_mini_impl.sheet import read_metadata, save_png
+
+    Origin.read(picture)
+    facts = read_metadata(picture)
+    if "tokens" not in facts:
+        raise ValueError(f"{picture} is no single picture (a sheet of them?): replay one of the pictures beside it")
+    model = TextToImage.from_pretrained(checkpoint or facts["checkpoint"], process_state().device)
+    if model.bundle.checkpoint_hash != facts["checkpoint_hash"]:
+        raise ValueError(
+            f"{picture} was drawn by checkpoint {facts['checkpoint_hash']}; {checkpoint or facts['checkpoint']} is "
+            f"{model.bundle.checkpoint_hash}: name the right one with --checkpoint"
+        )
+    try:
+        settings = SamplingConfig.model_validate(facts["settings"])
+    except ValidationError as error:
+        raise ValueError(f"the settings inside {picture} are not those of this version: {error}") from None
+    known = None if facts.get("known") is None else torch.tensor(facts["known"])
+    job = [(0, int(facts["candidate"]))]
+    (again,) = model.draw_jobs([facts["prompt"]], job, facts["seed"], settings=settings, known=known)
+    expected = torch.tensor(facts["tokens"])
+    different = int((again.tokens != expected).sum())
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_png(again.image, out, {**facts, "tokens": again.tokens.tolist()})
+    if different:
+        typer.echo(f"{different} of {len(expected)} tokens differ from those of {picture}", err=True)
+        raise typer.Exit(1)
+    typer.echo(f"the same {len(expected)} tokens: {facts['prompt']!r}, seed {facts['seed']}, candidate {job[0][1]}")
