@@ -57,7 +57,10 @@ class TextTower(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(text_vocab, config.width)
         self.position = nn.Parameter(torch.randn(text_length, config.width) * 0.02)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.text_layers))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, causal=False, token_shift=config.token_shift)
+            for _ in range(config.text_layers)
+        )
         self.norm = Norm(config.width)
         self.project = nn.Linear(config.width, config.embed_dim, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)

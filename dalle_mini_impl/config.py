@@ -147,6 +147,8 @@ class CLIPConfig(Section):
     heads: Positive = 4
     image_layers: Positive = 3
     text_layers: Positive = 3
+    token_shift: bool = True
+    """Each layer of the text tower mixes every token with the one before it."""
     loss: Literal["siglip", "infonce"] = "infonce"
     reconstructed_share: Share = 0.33
     """Share of training pictures passed through the VAE, once it is trained, so that decodes are judged fairly."""

@@ -32,7 +32,9 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
             "reconstruction",
         }
     ),
-    "clip": frozenset({"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss"}),
+    "clip": frozenset(
+        {"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss", "token_shift"}
+    ),
     "dalle": frozenset({"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift"}),
 }
 """Keys that say what a checkpoint's weights, ids and slots mean: fine-tuning takes them over, and no others."""
