@@ -15,7 +15,7 @@ import dalle_mini_impl
 ROOT = Path(dalle_mini_impl.__file__).parent
 PACKAGE = "dalle_mini_impl"
 LEVELS = [
-    {"config", "stream", "text", "memory", "files"},
+    {"config", "stream", "text", "memory", "threads", "files"},
     {"layers", "noise", "filters"},
     {"vae", "dalle", "clip"},
     {"sampling", "decoding", "editing", "data", "rerank", "search", "guided", "pretrained", "sheet"},

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from dalle_mini_impl.memory import keep_freed_memory
+from dalle_mini_impl.threads import use_all_cores
 
 VERBS = {
     "sample": "Draw pictures for prompts and rank them.",
@@ -36,6 +37,7 @@ _REMEDIES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs ``dalle-mini VERB …`` with the given arguments (default those of the process), then exits."""
+    use_all_cores()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     app = _typer(help="Captioned pictures in; new, ranked ones out.", no_args_is_help=True)
     app.callback()(_no_verb)
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_verb(verb: str, arguments: Sequence[str] | None = None) -> None:
     """Runs one verb as a script of its own (``sample.py``, ``train.py``), then exits."""
+    use_all_cores()
     app = _typer()
     app.command()(_load(verb))
     app(args=sys.argv[1:] if arguments is None else list(arguments))
