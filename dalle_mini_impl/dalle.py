@@ -106,7 +106,7 @@ class DALLE(nn.Module):
         self.stream.check_text(text_ids)
         self.stream.check_image(image_ids)
         num_slots = text_ids.shape[1]
-        x = self._embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view)
+        x = self.embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view)
         hidden = self._trunk(x, self.stream.text_length - num_slots)
         first = num_slots - 1  # the output of the last text slot
         return self.text_head(hidden[:, :first]), self.image_head(hidden[:, first:])
@@ -167,7 +167,7 @@ class DALLE(nn.Module):
             device=device,
             dtype=dtype or self.image_head.weight.dtype,
         )
-        hidden = self._trunk(self._embed(text_ids, text_ids[:, :0], view), self.stream.text_length - num_slots, cache)
+        hidden = self._trunk(self.embed(text_ids, text_ids[:, :0], view), self.stream.text_length - num_slots, cache)
         cache.prompt_length = num_slots
         logits: Tensor = self.image_head(hidden[:, -1])
         return logits, cache
@@ -177,16 +177,21 @@ class DALLE(nn.Module):
 
         Raises ValueError where they would go beyond the last id but one, which predicts the last.
         """
+        start, count = self.check_extension(image_ids, cache), image_ids.shape[1]
+        x = self.image_embedding(image_ids) + self._target_embedding(start + 1, start + count + 1)  # (B, n, dim)
+        hidden = self._trunk(self.with_view(x, view), self.stream.text_length + start, cache)
+        logits: Tensor = self.image_head(hidden)
+        return logits
+
+    def check_extension(self, image_ids: Tensor, cache: KVCache) -> int:
+        """The cell of the first of image ids (B, n) that follow a cache; ValueError where they go beyond the grid."""
         start, count = cache.length - cache.prompt_length, image_ids.shape[1]
         if start < 0 or not 1 <= count < self.stream.num_image_tokens - start:
             raise ValueError(
                 f"image tokens {start} to {start + count - 1} can't be read behind a cache of {cache.length} tokens: "
                 f"the last to read is token {self.stream.num_image_tokens - 2}"
             )
-        x = self.image_embedding(image_ids) + self._target_embedding(start + 1, start + count + 1)  # (B, n, dim)
-        hidden = self._trunk(self._with_view(x, view), self.stream.text_length + start, cache)
-        logits: Tensor = self.image_head(hidden)
-        return logits
+        return start
 
     def decode_step(self, previous_ids: Tensor, index: int, cache: KVCache, view: Tensor | None = None) -> Tensor:
         """Logits (B, image_vocab) of image id `index` ≥ 1, given image id index - 1 as previous_ids (B,)."""
@@ -224,7 +229,7 @@ class DALLE(nn.Module):
             image_ids = torch.cat([image_ids, choose(logits, index)[:, None]], dim=1)
         return image_ids
 
-    def _embed(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None) -> Tensor:
+    def embed(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None) -> Tensor:
         """Input vectors (B, t + n, dim) of captions of t slots and the first n < N image tokens."""
         is_pad = (text_ids == PAD).unsqueeze(-1)
         slots = slice(text_ids.shape[1])
@@ -234,7 +239,7 @@ class DALLE(nn.Module):
         num_outputs = image_ids.shape[1] + 1
         targets = self._target_embedding(0, num_outputs)  # (n + 1, dim)
         x = x + F.pad(targets, (0, 0, x.shape[1] - num_outputs, 0))
-        return self._with_view(x, view)
+        return self.with_view(x, view)
 
     def _target_embedding(self, start: int, end: int) -> Tensor:
         """Row plus column embedding, (end - start, dim), of the cells start … end - 1 that are being predicted."""
@@ -243,7 +248,7 @@ class DALLE(nn.Module):
         embedding: Tensor = self.target_row(cell // size) + self.target_column(cell % size)
         return embedding
 
-    def _with_view(self, x: Tensor, view: Tensor | None) -> Tensor:
+    def with_view(self, x: Tensor, view: Tensor | None) -> Tensor:
         """x (B, L, dim) plus the embeddings of view ids (B,), of the plain view unless told otherwise.
 
         Raises ValueError where a model that knows one view only is asked for another.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
-from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.filters import choose, guidance_scales, guide
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.stream import NULL
@@ -70,10 +70,10 @@ class Branches:
     captions: (P, t), read once each. owners: (n,) the caption of each picture.
     """
 
-    def __init__(self, dalle: DALLE, captions: Tensor, owners: Tensor) -> None:
-        self.dalle = dalle
+    def __init__(self, engine: Engine, captions: Tensor, owners: Tensor) -> None:
+        self.engine = engine
         self._num_slots = captions.shape[1]
-        logits, cache = dalle.prefill(captions.to(owners.device))
+        logits, cache = engine.prefill(captions.to(owners.device))
         self.first = logits[owners, None].float()
         """Logits (n, 1, V) of image id 0."""
         self._cache = cache.select(owners)
@@ -87,8 +87,8 @@ class Branches:
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Reads the next k ids (n, k); conditional and null logits (n, k, V) of the id after each."""
         if not self._guided:
-            return self.dalle.extend(ids, self._cache).float(), None
-        logits = self.dalle.extend(ids.repeat(2, 1), self._cache).float()
+            return self.engine.extend(ids, self._cache).float(), None
+        logits = self.engine.extend(ids.repeat(2, 1), self._cache).float()
         conditional, null = logits.chunk(2)
         return conditional, null
 
@@ -104,11 +104,11 @@ class Branches:
         """
         num_rows = len(ids)
         null_caption = torch.full((1, self._num_slots), NULL, device=ids.device)
-        logits, cache = self.dalle.prefill(null_caption)
+        logits, cache = self.engine.prefill(null_caption)
         cache = cache.expand(num_rows)
         parts = [logits.expand(num_rows, -1)[:, None]]
         if ids.shape[1]:
-            parts.append(self.dalle.extend(ids, cache))
+            parts.append(self.engine.extend(ids, cache))
         self._cache = self._cache.beside(cache)
         self._guided = True
         return torch.cat(parts, dim=1).float()
@@ -119,7 +119,7 @@ def decode(
     branches: Branches, noise: Noise, settings: SamplingConfig, known: Tensor | None, window: int
 ) -> Iterator[Partial]:
     """Draws the pictures of `branches`; see `sampling.stream_tokens`."""
-    num_tokens, num_rows, device = branches.dalle.stream.num_image_tokens, len(noise.owners), noise.owners.device
+    num_tokens, num_rows, device = branches.engine.stream.num_image_tokens, len(noise.owners), noise.owners.device
     scale_list = guidance_scales(settings, num_tokens)
     guided_from = next((index for index, scale in enumerate(scale_list) if scale != 1.0), num_tokens)
     scales = torch.tensor(scale_list, device=device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import FREE, Branches, Noise, Partial, decode
+from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.stream import Stream
 
 Progress = Callable[[int, int], None]
@@ -42,7 +43,7 @@ def every_row(num_prompts: int, candidates: Sequence[int]) -> list[tuple[int, in
 
 
 def stream_tokens(
-    dalle: DALLE,
+    dalle: DALLE | Engine,
     text_ids: Tensor,
     prompts: Sequence[str],
     rows: Rows,
@@ -54,20 +55,23 @@ def stream_tokens(
 ) -> Iterator[Partial]:
     """Draws a batch of pictures, yielding after each token, or as they come where several are drawn at a time.
 
-    text_ids: (P, T) captions that take the same slots, read once each. prompts: their P texts, which key the noise.
-    rows: (prompt index, candidate number) of each picture. known: (n, N) ids of cells that are given, FREE (-1) where
-    they are to be drawn. window: tokens guessed and checked in one pass (Jacobi decoding); default 1, token by token.
+    dalle: the model, or the engine that it has been packed into. text_ids: (P, T) captions that take the same slots,
+    read once each. prompts: their P texts, which key the noise. rows: (prompt index, candidate number) of each
+    picture. known: (n, N) ids of cells that are given, FREE (-1) where they are to be drawn. window: tokens guessed
+    and checked in one pass (Jacobi decoding); default 1, token by token.
     Raises ValueError for a model in training mode, rows without a prompt, ids that aren't any, or captions of
     different slots (`sample_rows` sorts those).
     """
-    _check(dalle, text_ids, prompts, rows, known, window)
+    engine = dalle if isinstance(dalle, Engine) else _pack(dalle)
+    stream = engine.stream
+    _check(stream, text_ids, prompts, rows, known, window)
     if not rows:
         return iter(())
-    groups = dalle.stream.groups(text_ids)
+    groups = stream.groups(text_ids)
     if len(groups) > 1:
         raise ValueError(f"captions take {[ids.shape[1] for _, ids in groups]} slots; draw each kind on its own")
-    noise = Noise.of(prompts, rows, seed, dalle.stream.image_vocab, dalle.image_head.weight.device)
-    branches = Branches(dalle, groups[0][1], noise.owners)
+    noise = Noise.of(prompts, rows, seed, stream.image_vocab, engine.device)
+    branches = Branches(engine, groups[0][1], noise.owners)
     return decode(branches, noise, settings, known, window or 1)
 
 
@@ -91,7 +95,8 @@ def sample_rows(
     log-likelihood ratio of the drawn tokens; it is free with guidance and costs one more pass over each picture
     without.
     """
-    _check(dalle, text_ids, prompts, rows, known, window)
+    engine = _pack(dalle)
+    _check(dalle.stream, text_ids, prompts, rows, known, window)
     batch_size = fitting_batch_size(dalle, settings) if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; draw at least 1 picture at once")
@@ -102,7 +107,7 @@ def sample_rows(
     for batch in _micro_batches(dalle.stream, text_ids, rows, batch_size):
         used = sorted({rows[place][0] for place in batch})
         for partial in stream_tokens(
-            dalle,
+            engine,
             text_ids[used],
             [prompts[prompt] for prompt in used],
             [(used.index(rows[place][0]), rows[place][1]) for place in batch],
@@ -163,12 +168,15 @@ def _micro_batches(stream: Stream, text_ids: Tensor, rows: Rows, batch_size: int
             yield places[first : first + batch_size]
 
 
-def _check(
-    dalle: DALLE, text_ids: Tensor, prompts: Sequence[str], rows: Rows, known: Tensor | None, window: int | None
-) -> None:
-    stream = dalle.stream
+def _pack(dalle: DALLE) -> Engine:
     if dalle.training:
-        raise ValueError("this DALLE is in training mode, where dropout acts: call .eval() before sampling")
+        raise ValueError("this DALLE is in training mode: call .eval() before sampling")
+    return Engine(dalle)
+
+
+def _check(
+    stream: Stream, text_ids: Tensor, prompts: Sequence[str], rows: Rows, known: Tensor | None, window: int | None
+) -> None:
     stream.check_text(text_ids)
     if len(prompts) != len(text_ids):
         raise ValueError(f"{len(text_ids)} captions came with {len(prompts)} prompts: give as many")

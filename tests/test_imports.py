@@ -18,7 +18,7 @@ LEVELS = [
     {"config", "stream", "text", "memory", "threads", "files"},
     {"layers", "noise", "filters"},
     {"vae", "dalle", "clip"},
-    {"sampling", "decoding", "editing", "data", "rerank", "search", "guided", "pretrained", "sheet"},
+    {"sampling", "decoding", "engine", "editing", "data", "rerank", "search", "guided", "pretrained", "sheet"},
     {"training", "pipeline"},
     {"cli", "web", "bench", "evaluate", "__main__"},
 ]
@@ -28,6 +28,8 @@ WITHIN_A_LEVEL = {
     ("text", "stream"),
     ("__main__", "cli"),
     ("sampling", "decoding"),
+    ("sampling", "engine"),
+    ("decoding", "engine"),
     ("editing", "decoding"),
     ("cli", "evaluate"),
 }

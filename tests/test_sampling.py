@@ -15,6 +15,7 @@ from torch import Tensor
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import FREE
+from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.filters import choose, guidance_scales, guide, keep_min_p, keep_top_k, keep_top_p
 from dalle_mini_impl.noise import gumbel_noise, noise_key, philox
 from dalle_mini_impl.pretrained import Bundle
@@ -234,14 +235,14 @@ def test_tokens_dont_depend_on_the_other_prompts(bundle: Bundle, dalle: DALLE) -
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, Tensor]]:
     """Rows, tokens and logits of every pass over picture tokens."""
     seen: list[tuple[int, int, Tensor]] = []
-    extend = DALLE.extend
+    extend = Engine.extend
 
-    def spy(self: DALLE, ids: Tensor, *args: Any) -> Tensor:
+    def spy(self: Engine, ids: Tensor, *args: Any) -> Tensor:
         logits = extend(self, ids, *args)
         seen.append((*ids.shape, logits))
         return logits
 
-    monkeypatch.setattr(DALLE, "extend", spy)
+    monkeypatch.setattr(Engine, "extend", spy)
     return seen
 
 
