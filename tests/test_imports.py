@@ -32,6 +32,7 @@ WITHIN_A_LEVEL = {
     ("decoding", "engine"),
     ("editing", "decoding"),
     ("cli", "evaluate"),
+    ("cli", "bench"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

@@ -43,7 +43,7 @@ def draw_curve(
     The curves: `clip` and `log_ratio` rank as their names say; `oracle` lets the judge itself choose, which no ranker
     can beat. Raises ValueError for a judge that doesn't suit the prompts, and without matplotlib.
     """
-    plot = _load_matplotlib()
+    plot = load_matplotlib()
     prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
     model = TextToImage.from_pretrained(checkpoint, process_state().device)
     scores: dict[str, list[list[float]]] = {"clip": [], "log_ratio": [], "oracle": []}
@@ -130,12 +130,12 @@ def _draw(
                 yield prompt, pictures[index * candidates : (index + 1) * candidates]
 
 
-def _load_matplotlib() -> Any:
+def load_matplotlib() -> Any:
     """matplotlib.figure, which draws without a display and without global state."""
     try:
         import matplotlib.figure
     except ImportError:
-        raise ValueError("the curve is plotted by matplotlib: pip install 'dalle-mini-impl[eval]'") from None
+        raise ValueError("plots are drawn by matplotlib: pip install 'dalle-mini-impl[eval]'") from None
     return matplotlib.figure
 
 

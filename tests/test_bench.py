@@ -1,0 +1,69 @@
+"""Benchmarks measure what they say, on a shape small enough for a test; nothing here asserts a speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.bench import machine as machine_module
+from dalle_mini_impl.bench import sample
+from dalle_mini_impl.bench.machine import Machine
+from dalle_mini_impl.bench.peers import Shape
+from dalle_mini_impl.cli.app import main
+
+TINY = Shape(dim=16, layers=2, heads=2, text_length=4, grid_size=3, text_vocab=40, image_vocab=20)
+MACHINE = Machine("a slide rule", 1, {"bfloat16": 200.0, "float32": 100.0}, read_rate=50.0)
+
+
+def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
+    assert MACHINE.least_sec(1000.0, 10.0, torch.float32) == pytest.approx(10.0)
+    assert MACHINE.least_sec(1000.0, 10.0, torch.bfloat16) == pytest.approx(5.0)
+    assert MACHINE.least_sec(10.0, 1000.0, torch.float32) == pytest.approx(20.0)
+
+
+def test_the_roofline_counts_what_a_token_costs() -> None:
+    weights = sum(
+        parameter.numel()
+        for name, parameter in sample.build(TINY, torch.device("cpu")).named_parameters()
+        if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight", "image_head.weight"))
+    )
+    arithmetic_only = Machine("", 1, {"float32": 1.0, "bfloat16": 1.0}, read_rate=1e30)
+    seen = sum(TINY.text_length + index for index in range(1, 9))
+    expected = 2 * 3 * (8 * 2 * weights + 4 * TINY.layers * TINY.dim * seen)
+    assert sample.least_seconds(TINY, arithmetic_only, 3, True, torch.float32) == pytest.approx(expected)
+    memory_only = Machine("", 1, {"float32": 1e30, "bfloat16": 1e30}, read_rate=1.0)
+    one = sample.least_seconds(TINY, memory_only, 1, False, torch.float32)
+    assert one == pytest.approx(4 * (8 * weights + 2 * TINY.layers * TINY.dim * seen))
+    assert sample.least_seconds(TINY, memory_only, 1, False, torch.bfloat16) == pytest.approx(one / 2)
+
+
+def test_a_run_writes_table_json_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine_module, "_MATMUL_SIDE", 64)
+    monkeypatch.setattr(machine_module, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(sample, "best_sec", lambda work, device, least_sec=0.0: work() is None or 0.5)
+    monkeypatch.setattr(sample, "peers", lambda *_: {"a peer": lambda pictures: None})
+    options = ["--batches", "1,2", "--dim", "16", "--layers", "1", "--heads", "2", "--grid", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "sample", *options, "--out", str(tmp_path)])
+    assert not stopped.value.code
+    facts = json.loads((tmp_path / "bench-sample.json").read_text())
+    assert facts["shape"]["grid_size"] == 2 and facts["machine"]["read_rate"] > 0
+    names = [result["name"] for result in facts["results"]]
+    assert len(names) == 4 * 2 + 1 + 2
+    assert names.count("ours, float32") == names.count("a peer") == 2
+    assert facts["results"][0]["tokens_per_sec"] == pytest.approx(4 / 0.5)
+    assert (tmp_path / "bench-sample.png").stat().st_size > 1000
+    assert "of the roofline" in capsys.readouterr().out
+
+
+def test_bad_batches_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("0", "1,x", ""):
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", "sample", "--batches", text])
+        assert stopped.value.code == 2
+        assert "write whole numbers like 1,8,32" in capsys.readouterr().err
