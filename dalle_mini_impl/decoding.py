@@ -8,17 +8,21 @@ those that one at a time would give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.engine import Engine
-from dalle_mini_impl.filters import choose, guidance_scales, guide
+from dalle_mini_impl.filters import choose, choose_without_sorting, guidance_scales, guide
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.stream import NULL
+
+FixedShapes = Literal["eager", "compile", "graph"] | None
+"""How steps of one unchanging shape are run; None where shapes may change."""
 
 FREE = -1
 """Stands in `known` where a token is to be drawn."""
@@ -60,8 +64,12 @@ class Noise:
         if not self._start <= start <= end <= self._start + self._block.shape[1]:
             length = max(end - start, self._block_length)
             self._start = start
-            self._block = gumbel_noise(self.keys, self.candidates, start, start + length, self.vocab_size)
+            self._block = self.at_positions(torch.arange(start, start + length, device=self.keys.device))
         return self._block[:, start - self._start : end - self._start]
+
+    def at_positions(self, positions: Tensor) -> Tensor:
+        """(n, L, V) of any positions (L,) int64, of which the host needn't know."""
+        return gumbel_noise(self.keys, self.candidates, positions, self.vocab_size)
 
 
 class Branches:
@@ -80,6 +88,11 @@ class Branches:
         self._guided = False
 
     @property
+    def state(self) -> tuple[Tensor, ...]:
+        """Everything that reading writes to."""
+        return self._cache.keys, self._cache.values, self._cache.last
+
+    @property
     def guided(self) -> bool:
         """Whether `read` gives null logits, too."""
         return self._guided
@@ -89,6 +102,14 @@ class Branches:
         if not self._guided:
             return self.engine.extend(ids, self._cache).float(), None
         logits = self.engine.extend(ids.repeat(2, 1), self._cache).float()
+        conditional, null = logits.chunk(2)
+        return conditional, null
+
+    def read_in_place(self, ids: Tensor, cell: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `read` for one id (n, 1) at a cell (1,) that only the device knows; see `Engine.step_in_place`."""
+        if not self._guided:
+            return self.engine.step_in_place(ids[:, 0], cell, self._cache).float()[:, None], None
+        logits = self.engine.step_in_place(ids[:, 0].repeat(2), cell, self._cache).float()[:, None]
         conditional, null = logits.chunk(2)
         return conditional, null
 
@@ -116,11 +137,21 @@ class Branches:
 
 @torch.no_grad()
 def decode(
-    branches: Branches, noise: Noise, settings: SamplingConfig, known: Tensor | None, window: int
+    branches: Branches,
+    noise: Noise,
+    settings: SamplingConfig,
+    known: Tensor | None,
+    window: int,
+    fixed: FixedShapes = None,
 ) -> Iterator[Partial]:
-    """Draws the pictures of `branches`; see `sampling.stream_tokens`."""
+    """Draws the pictures of `branches`; see `sampling.stream_tokens`.
+
+    fixed: how to run steps of a single token, all of one shape: "eager", "compile", "graph" (one captured CUDA graph);
+    None lets every step be as short as it can.
+    """
     num_tokens, num_rows, device = branches.engine.stream.num_image_tokens, len(noise.owners), noise.owners.device
     scale_list = guidance_scales(settings, num_tokens)
+    pick = choose_without_sorting if device.type == "cpu" else choose
     guided_from = next((index for index, scale in enumerate(scale_list) if scale != 1.0), num_tokens)
     scales = torch.tensor(scale_list, device=device)
     known = torch.full((num_rows, num_tokens), FREE, device=device) if known is None else known.to(device)
@@ -135,6 +166,9 @@ def decode(
     index = given
     left = ids[:, :0]  # what the last pass drew beyond what was kept
     while index < num_tokens:
+        if fixed is not None and window == 1 and index and (branches.guided or guided_from == num_tokens):
+            yield from _decode_fixed(branches, noise, settings, known, scales, ids, index, ratio, fixed)
+            return
         if guided_from <= index and not branches.guided:
             caught_up = branches.add_null(ids[:, : max(0, index - 1)])
             if ratio is not None and index:
@@ -147,7 +181,7 @@ def decode(
             conditional, null = branches.read(torch.cat([ids[:, index - 1 : index], guess], dim=1))
         end = index + conditional.shape[1]
         logits = conditional if null is None else guide(conditional, null, scales[index:end])
-        drawn = choose(logits, settings, noise.at(index, end))  # (n, 1 + guesses)
+        drawn = pick(logits, settings, noise.at(index, end))  # (n, 1 + guesses)
         drawn = torch.where(known[:, index:end] == FREE, drawn, known[:, index:end])
         kept = 1 + _num_agreeing(guess, drawn)
         branches.take_back(conditional.shape[1] - kept)
@@ -159,6 +193,63 @@ def decode(
                 ratio.subtract(null[:, :kept], drawn[:, :kept], index)
         index += kept
         yield Partial(ids[:, :index], index, None if ratio is None else ratio.total)
+
+
+def _decode_fixed(
+    branches: Branches,
+    noise: Noise,
+    settings: SamplingConfig,
+    known: Tensor,
+    scales: Tensor,
+    ids: Tensor,
+    index: int,
+    ratio: _Ratio | None,
+    fixed: FixedShapes,
+) -> Iterator[Partial]:
+    """The tokens from `index` ≥ 1 on by one function whose shapes never change: the host only asks for it again."""
+    cell = torch.tensor([index - 1], device=ids.device)  # the one that is read; the next one is drawn
+
+    def step() -> None:
+        place = cell + 1
+        conditional, null = branches.read_in_place(ids.index_select(1, cell), cell)
+        logits = conditional if null is None else guide(conditional, null, scales.index_select(0, place))
+        drawn = choose(logits, settings, noise.at_positions(place))
+        given = known.index_select(1, place)
+        drawn = torch.where(given == FREE, drawn, given)
+        ids.index_copy_(1, place, drawn)
+        if ratio is not None and null is not None:
+            likelihoods = conditional.log_softmax(dim=-1) - null.log_softmax(dim=-1)
+            ratio.total.add_(likelihoods.gather(2, drawn[..., None])[:, 0, 0] * (given == FREE)[:, 0])
+        cell.add_(1)
+
+    run = _prepared(step, fixed, (cell, ids, *branches.state, *(() if ratio is None else (ratio.total,))))
+    while index < ids.shape[1]:
+        run()
+        index += 1
+        yield Partial(ids[:, :index], index, None if ratio is None else ratio.total.clone())
+
+
+def _prepared(step: Callable[[], None], fixed: FixedShapes, state: Sequence[Tensor]) -> Callable[[], None]:
+    """The step, compiled or captured; capturing runs it a few times, after which its state is what it was before."""
+    if fixed == "compile":
+        return torch.compile(step, dynamic=False)
+    if fixed != "graph":
+        return step
+    before = [tensor.clone() for tensor in state]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # kernels are chosen and memory is found before the capture
+            step()
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(old)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for tensor, old in zip(state, before, strict=True):
+        tensor.copy_(old)
+    return graph.replay
 
 
 class _Ratio:

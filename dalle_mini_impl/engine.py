@@ -8,6 +8,7 @@ and a test holds the two equal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,23 +101,78 @@ class Engine:
         start = self.dalle.check_extension(image_ids, cache)
         with torch.autocast(self.device.type, enabled=False):
             x = self._image_embedding[image_ids] + self._targets[start + 1 : start + 1 + image_ids.shape[1]]
-            x = self.dalle.with_view(x, None) if self.dalle.view_embedding is not None else x
+            x = self.dalle.with_view(x, None)
             return F.linear(self._trunk(x.to(self.dtype), self.stream.text_length + start, cache), self._head)
+
+    @torch.no_grad()
+    def step_in_place(self, ids: Tensor, cell: Tensor, cache: KVCache) -> Tensor:
+        """Reads one id (B,) at a cell (1,) int64 that only the device knows; logits (B, image_vocab) of the next.
+
+        No shape depends on the cell, so that one CUDA graph, or one compiled function, serves every step: attention
+        goes over the whole capacity of the cache, and its length is left to the caller.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            x = self._image_embedding[ids] + self._targets.index_select(0, cell + 1)  # (B, dim)
+            x = self.dalle.with_view(x[:, None], None).to(self.dtype)
+            slot, place = self.stream.text_length + cell, cache.prompt_length + cell
+            is_later = torch.arange(cache.capacity, device=self.device) > place
+            bias = torch.zeros(cache.capacity, 1, device=self.device, dtype=self.dtype)
+            bias = bias.masked_fill(is_later[:, None], -torch.inf)
+
+            def remember(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+                cache.keys[index].index_copy_(2, place, keys)
+                cache.values[index].index_copy_(2, place, values)
+                return cache.keys[index], cache.values[index]
+
+            for index, layer in enumerate(self._layers):
+                tables = layer.cos.index_select(0, slot), layer.sin.index_select(0, slot)
+                x = self._block(layer, index, x, tables, cache, remember, bias)
+            return F.linear(self._last_norm(x)[:, 0], self._head)
 
     def _trunk(self, x: Tensor, slot: int, cache: KVCache) -> Tensor:
         """All layers and the last norm, over x (B, n, dim) whose first token stands in `slot`."""
         for index, layer in enumerate(self._layers):
-            x = self._attention(layer, index, x, slot, cache)
-            h = self._norm_and_shift(layer, index, 1, x, cache)
-            hidden = F.linear(h, layer.up)
-            if self.config.ffn == "swiglu":
-                gate, value = hidden.chunk(2, dim=-1)
-                hidden = F.silu(gate) * value
-            else:
-                hidden = squared_relu(hidden)
-            x = x + F.linear(hidden, layer.down)
+            slots = slice(slot, slot + x.shape[1])
+            x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.append, None)
         cache.advance(x.shape[1])
+        return self._last_norm(x)
+
+    @staticmethod
+    def _last_norm(x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+    def _block(
+        self,
+        layer: _Layer,
+        index: int,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        cache: KVCache,
+        remember: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
+        bias: Tensor | None,
+    ) -> Tensor:
+        """One block. remember: takes new keys and values, gives those to attend to. bias: (M, 1), added to scores."""
+        batch, count, dim = x.shape
+        heads, head_dim = self.config.heads, self._head_dim
+        h = self._norm_and_shift(layer, index, 0, x, cache)
+        qkv = F.linear(h, layer.qkv).view(batch, count, 3, heads, head_dim)
+        qk = F.layer_norm(qkv[:, :, :2], (head_dim,), eps=1e-6)  # (B, n, 2, H, D)
+        qk = torch.addcmul(qk * tables[0], qk.roll(head_dim // 2, dims=-1), tables[1])
+        q, k = qk.transpose(1, 3).unbind(dim=2)  # (B, H, n, D), q scaled already
+        keys, values = remember(index, k, qkv[:, :, 2].transpose(1, 2))
+        if count == 1:
+            scores = keys @ q.mT  # (B, H, M, 1)
+            mixed = (scores if bias is None else scores + bias).softmax(dim=2).mT @ values
+        else:
+            mixed = attend(q * head_dim**0.5, keys, values, None, 0.0, True)
+        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, count, dim), layer.out)
+        hidden = F.linear(self._norm_and_shift(layer, index, 1, x, cache), layer.up)
+        if self.config.ffn == "swiglu":
+            gate, value = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = squared_relu(hidden)
+        return x + F.linear(hidden, layer.down)
 
     def _norm_and_shift(self, layer: _Layer, index: int, which: int, x: Tensor, cache: KVCache) -> Tensor:
         h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -125,20 +181,3 @@ class Engine:
         before = cache.shift(index, which, h)[:, None]
         previous = before if h.shape[1] == 1 else torch.cat([before, h[:, :-1]], dim=1)
         return torch.lerp(h, previous, layer.mixes[which])
-
-    def _attention(self, layer: _Layer, index: int, x: Tensor, slot: int, cache: KVCache) -> Tensor:
-        batch, count, dim = x.shape
-        heads, head_dim = self.config.heads, self._head_dim
-        h = self._norm_and_shift(layer, index, 0, x, cache)
-        qkv = F.linear(h, layer.qkv).view(batch, count, 3, heads, head_dim)
-        qk = F.layer_norm(qkv[:, :, :2], (head_dim,), eps=1e-6)  # (B, n, 2, H, D)
-        swapped = qk.roll(head_dim // 2, dims=-1)
-        qk = torch.addcmul(qk * layer.cos[slot : slot + count], swapped, layer.sin[slot : slot + count])
-        q, k = qk.transpose(1, 3).unbind(dim=2)  # (B, H, n, D), scaled already
-        keys, values = cache.append(index, k, qkv[:, :, 2].transpose(1, 2))
-        if count == 1:
-            weights = (keys @ q.mT).softmax(dim=2)  # (B, H, M, 1)
-            mixed = weights.mT @ values
-        else:
-            mixed = attend(q * head_dim**0.5, keys, values, None, 0.0, True)
-        return x + F.linear(mixed.transpose(1, 2).reshape(batch, count, dim), layer.out)

@@ -49,6 +49,29 @@ def choose(logits: Tensor, settings: SamplingConfig, gumbel: Tensor | None) -> T
     return (filter_logits(logits, settings) + gumbel).argmax(dim=-1)
 
 
+def choose_without_sorting(logits: Tensor, settings: SamplingConfig, gumbel: Tensor | None) -> Tensor:
+    """What `choose` draws, sooner: (..., V) to (...).
+
+    Sorting for top-p costs more than all the rest. The filtered argmax is the first token, in the order of its noisy
+    logit, that the filter keeps: so take the argmax of all, ask whether what is likelier leaves room for it, and only
+    where it doesn't, take the next. The host waits for each answer, so it is for the CPU. Equally likely tokens at the
+    edge of top-p are all kept, where a sort would have to pick.
+    """
+    if settings.temperature == 0 or gumbel is None or settings.top_p >= 1.0:
+        return choose(logits, settings, gumbel)
+    kept = keep_min_p(keep_top_k(logits / settings.temperature, settings.top_k), settings.min_p)
+    noisy = kept + gumbel
+    probabilities = keep_top_k(logits / settings.temperature, settings.top_k).softmax(dim=-1)
+    while True:
+        drawn = noisy.argmax(dim=-1, keepdim=True)
+        own = probabilities.gather(-1, drawn)
+        likelier = torch.where(probabilities > own, probabilities, 0.0).sum(dim=-1, keepdim=True)
+        out = likelier >= settings.top_p
+        if not out.any():
+            return drawn[..., 0]
+        noisy.scatter_(-1, drawn, torch.where(out, -math.inf, noisy.gather(-1, drawn)))
+
+
 def guidance_scales(settings: SamplingConfig, num_tokens: int) -> list[float]:
     """The guidance scale at each of num_tokens positions: constant, or rising from exactly 1 to `guidance`.
 

@@ -41,15 +41,13 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return torch.stack([c0, c1, c2, c3], dim=-1)  # the rounds have broadcast all four
 
 
-def gumbel_noise(keys: Tensor, candidates: Tensor, start: int, end: int, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise (n, end - start, vocab_size) float32 for positions start … end - 1 of n pictures.
+def gumbel_noise(keys: Tensor, candidates: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise (n, L, vocab_size) float32 for positions (L,) int64 of n pictures.
 
     keys: (n, 2) int64 from `noise_key`. candidates: (n,) int64 candidate numbers in [0, 2³²).
     """
-    device = keys.device
-    quads = torch.arange(-(-vocab_size // 4), device=device)[None, None]  # (1, 1, V/4)
-    positions = torch.arange(start, end, device=device)[None, :, None]  # (1, L, 1)
-    counter = (quads, positions, candidates[:, None, None], torch.zeros_like(quads))
+    quads = torch.arange(-(-vocab_size // 4), device=keys.device)[None, None]  # (1, 1, V/4)
+    counter = (quads, positions[None, :, None], candidates[:, None, None], torch.zeros_like(quads))
     words = philox(counter, (keys[:, 0, None, None], keys[:, 1, None, None]))  # (n, L, V/4, 4)
     uniform = ((words.flatten(2)[..., :vocab_size] >> 9) + 0.5) * 2.0**-23  # in (0, 1), exact in float32
     return uniform.log_().neg_().log_().neg_()

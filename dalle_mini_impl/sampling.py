@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
-from dalle_mini_impl.decoding import FREE, Branches, Noise, Partial, decode
+from dalle_mini_impl.decoding import FREE, Branches, FixedShapes, Noise, Partial, decode
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.stream import Stream
 
@@ -25,8 +26,9 @@ Progress = Callable[[int, int], None]
 Rows = Sequence[tuple[int, int]]
 """(prompt index, candidate number) of each picture to draw."""
 
-_CACHE_BYTES = 1 << 30  # KV cache of a micro-batch where the caller names no batch size
 _MAX_BATCH_SIZE = 64
+_MEMORY_SHARE = 0.5  # of what is free, for a micro-batch where the caller names no batch size
+_LOGITS_COPIES = 12  # tensors the size of a row's logits that live at the same time, some of them of 8 bytes
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ def stream_tokens(
     settings: SamplingConfig,
     known: Tensor | None = None,
     window: int | None = None,
+    fixed: FixedShapes = None,
 ) -> Iterator[Partial]:
     """Draws a batch of pictures, yielding after each token, or as they come where several are drawn at a time.
 
     dalle: the model, or the engine that it has been packed into. text_ids: (P, T) captions that take the same slots,
     read once each. prompts: their P texts, which key the noise. rows: (prompt index, candidate number) of each
     picture. known: (n, N) ids of cells that are given, FREE (-1) where they are to be drawn. window: tokens guessed
-    and checked in one pass (Jacobi decoding); default 1, token by token.
+    and checked in one pass (Jacobi decoding); default 1, token by token. fixed: see `decoding.decode`; default a CUDA
+    graph on a GPU, which costs less than it saves, and None elsewhere.
     Raises ValueError for a model in training mode, rows without a prompt, ids that aren't any, or captions of
     different slots (`sample_rows` sorts those).
     """
@@ -72,7 +76,9 @@ def stream_tokens(
         raise ValueError(f"captions take {[ids.shape[1] for _, ids in groups]} slots; draw each kind on its own")
     noise = Noise.of(prompts, rows, seed, stream.image_vocab, engine.device)
     branches = Branches(engine, groups[0][1], noise.owners)
-    return decode(branches, noise, settings, known, window or 1)
+    if fixed is None and engine.device.type == "cuda":
+        fixed = "graph"
+    return decode(branches, noise, settings, known, window or 1, fixed)
 
 
 def sample_rows(
@@ -85,6 +91,7 @@ def sample_rows(
     settings: SamplingConfig,
     known: Tensor | None = None,
     window: int | None = None,
+    fixed: FixedShapes = None,
     batch_size: int | None = None,
     log_ratio: bool = True,
     progress: Progress | None = None,
@@ -115,6 +122,7 @@ def sample_rows(
             settings=settings,
             known=None if known is None else known[batch],
             window=window,
+            fixed=fixed,
         ):
             if progress is not None:
                 progress(done + len(batch) * partial.index, len(rows) * num_tokens)
@@ -152,11 +160,27 @@ def log_likelihood_ratio(
 
 
 def fitting_batch_size(dalle: DALLE, settings: SamplingConfig) -> int:
-    """Pictures to draw at once, so that the KV cache stays within 1 GiB."""
+    """Pictures to draw at once: as many as fit into half of the memory that is free, and at most 64.
+
+    Counted are the KV cache, which is copied once when the null branch joins, logits and noise.
+    """
     config, stream = dalle.config, dalle.stream
     branches = 1 if settings.guidance == 1.0 else 2
-    row_bytes = 2 * branches * config.layers * config.dim * stream.num_inputs * dalle.image_head.weight.element_size()
-    return max(1, min(_MAX_BATCH_SIZE, _CACHE_BYTES // row_bytes))
+    cache_bytes = 2 * config.layers * config.dim * stream.num_inputs * dalle.image_head.weight.element_size()
+    logits_bytes = _LOGITS_COPIES * 4 * stream.image_vocab
+    row_bytes = branches * (2 * cache_bytes + logits_bytes)
+    return int(max(1, min(_MAX_BATCH_SIZE, _MEMORY_SHARE * free_bytes(dalle.image_head.weight.device) // row_bytes)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that could be taken now; a guess of 2 GiB where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 2 << 30
 
 
 def _micro_batches(stream: Stream, text_ids: Tensor, rows: Rows, batch_size: int) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,15 @@ from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import FREE
 from dalle_mini_impl.engine import Engine
-from dalle_mini_impl.filters import choose, guidance_scales, guide, keep_min_p, keep_top_k, keep_top_p
+from dalle_mini_impl.filters import (
+    choose,
+    choose_without_sorting,
+    guidance_scales,
+    guide,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+)
 from dalle_mini_impl.noise import gumbel_noise, noise_key, philox
 from dalle_mini_impl.pretrained import Bundle
 from dalle_mini_impl.sampling import (
@@ -74,7 +83,7 @@ def test_philox_gives_the_published_words(word: int, expected: tuple[int, ...]) 
 
 def _noise(seed: int = 0, prompt: str = PROMPT, candidates: int = 1, start: int = 0, end: int = 4) -> Tensor:
     keys = torch.tensor([noise_key(seed, prompt)]).expand(candidates, 2)
-    return gumbel_noise(keys, torch.arange(candidates), start, end, 50)
+    return gumbel_noise(keys, torch.arange(candidates), torch.arange(start, end), 50)
 
 
 def test_noise_is_standard_gumbel() -> None:
@@ -86,7 +95,9 @@ def test_noise_is_standard_gumbel() -> None:
 
 def test_noise_depends_on_seed_prompt_candidate_and_position_alone() -> None:
     noise = _noise(candidates=3)
-    assert torch.equal(noise[1:2, 2:3], gumbel_noise(torch.tensor([noise_key(0, PROMPT)]), torch.tensor([1]), 2, 3, 50))
+    assert torch.equal(
+        noise[1:2, 2:3], gumbel_noise(torch.tensor([noise_key(0, PROMPT)]), torch.tensor([1]), torch.tensor([2]), 50)
+    )
     assert torch.equal(_noise(prompt="  A RED\tcircle "), noise[:1])
     flat = torch.cat([noise, _noise(seed=1), _noise(prompt="a blue circle")]).flatten(0, 1)
     assert len(flat.unique(dim=0)) == len(flat)
@@ -129,7 +140,7 @@ def test_sampled_frequencies_follow_the_filtered_distribution(settings: Sampling
     draws = 20_000
     logits = 1.5 * torch.randn(24, generator=torch.Generator().manual_seed(3))
     keys = torch.tensor([noise_key(0, "chi-square")]).expand(draws, 2)
-    gumbel = gumbel_noise(keys, torch.arange(draws), 0, 1, 24)[:, 0]
+    gumbel = gumbel_noise(keys, torch.arange(draws), torch.tensor([0]), 24)[:, 0]
     counts = np.bincount(choose(logits.expand(draws, -1), settings, gumbel).numpy(), minlength=24)
     expected = draws * _reference_probabilities(logits.double().numpy(), settings)
     assert (counts[expected == 0] == 0).all(), "a filtered token was drawn"
@@ -137,6 +148,31 @@ def test_sampled_frequencies_follow_the_filtered_distribution(settings: Sampling
     statistic = float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
     freedom = int(kept.sum()) - 1
     assert statistic < freedom + 3.1 * math.sqrt(2 * freedom) + 3, f"{statistic:.1f} at {freedom} degrees of freedom"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_p": 0.95},
+        {"top_p": 0.3},
+        {"top_p": 0.01},
+        {"top_p": 1.0},
+        {"top_p": 0.8, "top_k": 6},
+        {"top_p": 0.9, "min_p": 0.2, "temperature": 1.4},
+        {"top_p": 0.7, "top_k": 12, "min_p": 0.05, "temperature": 0.6},
+        {"temperature": 0.0, "top_p": 0.5},
+    ],
+    ids=str,
+)
+def test_choosing_without_sorting_draws_the_same_tokens(values: dict[str, Any]) -> None:
+    settings = SamplingConfig.model_validate(values)
+    generator = torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(500, 3, 40, generator=generator)
+    keys = torch.tensor([noise_key(0, "x")]).expand(500, 2)
+    gumbel = gumbel_noise(keys, torch.arange(500), torch.arange(3), 40)
+    before = logits.clone(), gumbel.clone()
+    assert torch.equal(choose_without_sorting(logits, settings, gumbel), choose(logits, settings, gumbel))
+    assert torch.equal(logits, before[0]) and torch.equal(gumbel, before[1])
 
 
 def test_filters_keep_what_they_should_and_leave_their_input_alone() -> None:
@@ -189,15 +225,46 @@ def test_the_sampler_equals_the_slow_reference(dalle: DALLE, text: Tensor, sched
     settings = SamplingConfig.model_validate({"guidance": guidance, "guidance_schedule": schedule, "top_k": 20})
     num_tokens = dalle.stream.num_image_tokens
     keys = torch.tensor([noise_key(2, PROMPT)]).expand(3, 2)
-    noise = gumbel_noise(keys, torch.arange(3), 0, num_tokens, dalle.stream.image_vocab)
+    noise = gumbel_noise(keys, torch.arange(3), torch.arange(num_tokens), dalle.stream.image_vocab)
     slow = dalle.generate(
         text.expand(3, -1),
         lambda logits, index: choose(logits, settings, noise[:, index]),
         guidance=lambda index: guidance_scales(settings, num_tokens)[index],
     )
-    for window in (1, 2, 5, 99):
-        fast = sample_tokens(dalle, text, range(3), seed=2, prompt=PROMPT, settings=settings, window=window)
-        assert torch.equal(fast.ids, slow), window
+    ways: list[dict[str, Any]] = [*({"window": window} for window in (1, 2, 5, 99)), {"fixed": "eager"}]
+    if torch.cuda.is_available():
+        ways.append({"fixed": "graph"})
+    for way in ways:
+        fast = sample_tokens(dalle, text, range(3), seed=2, prompt=PROMPT, settings=settings, **way)
+        assert torch.equal(fast.ids, slow), way
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("settings", [GUIDED, UNGUIDED], ids=["guided", "unguided"])
+def test_a_captured_graph_draws_what_steps_of_their_own_draw(settings: SamplingConfig) -> None:
+    bundle = tiny_bundle()
+    assert bundle.dalle is not None
+    dalle = bundle.dalle.cuda()
+    text = bundle.tokenizer.batch([PROMPT], bundle.stream.text_length)[0][0]
+    eager, graph = (
+        sample_tokens(dalle, text, range(5), seed=0, prompt=PROMPT, settings=settings, fixed=fixed)
+        for fixed in ("eager", "graph")
+    )
+    assert torch.equal(eager.ids, graph.ids)
+    assert eager.log_ratio is not None and graph.log_ratio is not None
+    assert torch.allclose(eager.log_ratio, graph.log_ratio, atol=1e-3)
+
+
+def test_a_compiled_step_draws_what_an_eager_one_draws(
+    dalle: DALLE, text: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced whole, but not turned into C++, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    eager, compiled = (
+        sample_tokens(dalle, text, [0, 1], seed=0, prompt=PROMPT, settings=GUIDED, fixed=fixed)
+        for fixed in ("eager", "compile")
+    )
+    assert torch.equal(eager.ids, compiled.ids)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -375,9 +442,9 @@ def test_the_batch_that_fits_shrinks_with_guidance_and_never_to_nothing(
     dalle: DALLE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert fitting_batch_size(dalle, GUIDED) == 64
-    monkeypatch.setattr("dalle_mini_impl.sampling._CACHE_BYTES", 100_000)
+    monkeypatch.setattr("dalle_mini_impl.sampling.free_bytes", lambda device: 600_000)
     assert 1 < fitting_batch_size(dalle, GUIDED) < fitting_batch_size(dalle, UNGUIDED)
-    monkeypatch.setattr("dalle_mini_impl.sampling._CACHE_BYTES", 1)
+    monkeypatch.setattr("dalle_mini_impl.sampling.free_bytes", lambda device: 1)
     assert fitting_batch_size(dalle, GUIDED) == 1
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_mini_impl.training.batches import BatchOrder, Prefetcher, derive_seed, sample_rng, split_batch
+from dalle_mini_impl.training.batches import (
+    BatchOrder,
+    Indices,
+    LengthBatches,
+    Prefetcher,
+    derive_seed,
+    sample_rng,
+    split_batch,
+)
 
 
 def test_every_epoch_visits_every_item_once() -> None:
@@ -64,3 +72,33 @@ def test_prefetching_changes_no_batch_and_raises_what_went_wrong() -> None:
     with pytest.raises(ValueError, match="broken"):
         prefetcher.get(4)
     prefetcher.close()
+
+
+def _lengths(items: Indices, positions: Indices) -> Indices:
+    return (items * 7 + positions) % 5
+
+
+def test_sorted_batches_hold_the_same_samples_and_like_lengths() -> None:
+    order = BatchOrder(num_items=37, batch_size=8, seed=3)
+    batches = LengthBatches(order, _lengths, block=4)
+    for block in range(3):
+        steps = range(4 * block, 4 * block + 4)
+        plain = np.concatenate([order.positions(step) for step in steps])
+        arranged = [batches.positions(step) for step in steps]
+        assert sorted(np.concatenate(arranged).tolist()) == plain.tolist()
+        widths = [np.ptp(_lengths(order.items(part), part)) for part in arranged]
+        assert max(widths) < 4 and sum(widths) < 4 * 2
+    means = [float(_lengths(order.items(p), p).mean()) for p in (batches.positions(step) for step in range(4))]
+    assert means != sorted(means), "short ones don't come first"
+
+
+def test_sorted_batches_depend_on_the_step_alone() -> None:
+    order = BatchOrder(num_items=37, batch_size=8, seed=3)
+    forwards, later = (LengthBatches(order, _lengths, block=4) for _ in range(2))
+    expected = [forwards.positions(step) for step in range(12)]
+    for step in (11, 2, 7):
+        assert (later.positions(step) == expected[step]).all()
+        shares = [later.positions(step, rank, 2) for rank in range(2)]
+        assert sorted(np.concatenate(shares).tolist()) == sorted(expected[step].tolist())
+    with pytest.raises(ValueError, match="can't be shared evenly by 3"):
+        later.positions(0, 0, 3)

@@ -98,7 +98,7 @@ class EmojiSource:
     """Pictures of emoji with their names, then scenes of 1 to 3 of them with captions that say what is where.
 
     scenes: number of composed scenes; scene i depends on (seed, i) alone.
-    repeats: pictures of each emoji: one on white, then by turns on a coloured background and smaller or moved.
+    repeats: pictures of each emoji: by turns plain on white, on a colour, a little smaller and moved, on a colour.
     skin_tones: also show each variant with a skin tone, once.
     font: a colour-emoji font with bitmaps; by default Noto Color Emoji, wherever it is installed.
     Validation has the scenes that show a held-out pair of emoji together, which training never does. A glyph that
@@ -208,8 +208,8 @@ def _centred(glyph: Glyph, size: float, dx: float = 0.0, dy: float = 0.0) -> Pla
 
 
 def single_scene(glyph: Glyph, repeat: int, rng: random.Random, backgrounds: list[str]) -> EmojiScene:
-    """A glyph that fills its picture: plain on white (0), on a colour (odd repeats) or a little smaller and moved."""
-    if repeat == 0:
+    """A glyph that fills its picture: by turns plain on white, on a colour, a little smaller and moved, on a colour."""
+    if repeat % 4 == 0:
         return EmojiScene((_centred(glyph, FULL),))
     if repeat % 2 == 1:
         return EmojiScene((_centred(glyph, FULL),), rng.choice([name for name in backgrounds if name != "white"]))

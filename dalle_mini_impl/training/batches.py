@@ -80,6 +80,34 @@ class BatchOrder:
         return cached[epoch]
 
 
+class LengthBatches:
+    """The batches of an order, arranged so that samples of like length share one.
+
+    The samples of `block` batches are sorted by length and cut into batches again, which come in a random order: all
+    of them are still seen once an epoch, and which batch a step takes depends on nothing but the step.
+    lengths: of the samples at some items and positions, a pure function.
+    """
+
+    def __init__(self, order: BatchOrder, lengths: Callable[[Indices, Indices], Indices], block: int = 16) -> None:
+        self.order, self.lengths, self.block = order, lengths, block
+        self._arranged: tuple[int, Indices] | None = None
+
+    def positions(self, step: int, rank: int = 0, world_size: int = 1) -> Indices:
+        """As `BatchOrder.positions`; every process gets every world_size-th sample, so that all have as much to do."""
+        self.order.positions(step, rank, world_size)  # refuses an uneven split
+        number = step // self.block
+        if self._arranged is None or self._arranged[0] != number:
+            self._arranged = number, self._arrange(number)
+        return self._arranged[1][step % self.block, rank::world_size]
+
+    def _arrange(self, number: int) -> Indices:
+        first = number * self.block
+        positions = np.concatenate([self.order.positions(step) for step in range(first, first + self.block)])
+        lengths = self.lengths(self.order.items(positions), positions)
+        batches = positions[np.argsort(lengths, kind="stable")].reshape(self.block, -1)
+        return batches[np.random.default_rng([self.order.seed, number]).permutation(self.block)]
+
+
 def split_batch(batch: Batch, micro_batch_size: int | None) -> Iterator[Batch]:
     """Cuts a batch into micro-batches of at most micro_batch_size rows, in order; None leaves it whole."""
     num_rows = next(iter(batch.values())).shape[0]

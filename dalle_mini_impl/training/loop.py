@@ -115,7 +115,7 @@ class StageTrainer:
 
     def _make_batch(self, step: int) -> Batch:
         accelerator = self.accelerator
-        positions = self.order.positions(step, accelerator.process_index, accelerator.num_processes)
+        positions = self.task.positions(self.order, step, accelerator.process_index, accelerator.num_processes)
         return self.task.batch(self.order.items(positions), positions)
 
     def _one_step(self, prefetcher: Prefetcher) -> None:
@@ -170,7 +170,7 @@ class StageTrainer:
         """Notes a step whose gradient is not finite; raises FloatingPointError after a few in a row."""
         self.skipped += 1
         self.skipped_in_a_row += 1
-        positions = self.order.positions(self.step)
+        positions = self.task.positions(self.order, self.step, 0, 1)
         if self.accelerator.is_main_process:
             line = {"stage": self.task.stage, "step": self.step + 1, "time_sec": round(self._elapsed(), 3)}
             self.log.write({**line, "skipped": "non-finite gradient", "items": self.order.items(positions).tolist()})

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import Stage
-from dalle_mini_impl.training.batches import Batch, Indices
+from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Task(Protocol):
     units_per_item: int
     score: str
     """The metric of `evaluate` that picks the weights that are kept; lower is better where it starts with "-"."""
+
+    def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
+        """The places in the stage's sequence of samples that one process takes in a step; a pure function."""
 
     def batch(self, items: Indices, positions: Indices) -> Batch:
         """The samples at some places of the stage's sequence of samples; called from a background thread."""

@@ -20,7 +20,7 @@ from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels, uni
 from dalle_mini_impl.stream import NULL, PAD, Stream
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
-from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, sample_rng
+from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices, LengthBatches, derive_seed, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.vae.model import DiscreteVAE
 
@@ -32,6 +32,10 @@ class _Task:
 
     unit = "pictures"
     units_per_item = 1
+
+    def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
+        """In the order's own order."""
+        return order.positions(step, rank, world_size)
 
     def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
         """Nothing has to be known ahead."""
@@ -233,25 +237,42 @@ class DALLETask(_Task):
         self.num_items = len(data.train)
         self.units_per_item = self.stream.num_image_tokens
         self.held_out = evaluation.held_out(data)
+        self._sorted: LengthBatches | None = None
         self.floor = unigram_nll(cache.counts(data.train), cache.counts(self.held_out))
 
-    def batch(self, items: Indices, positions: Indices) -> Batch:
-        """Caption ids (B, T), image ids (B, N) to predict and to read, views (B,); all int64."""
-        config, seed = self.recipe.dalle, self.recipe.seed
-        indices = self.data.train[items]
-        rngs = [sample_rng(seed, self.stage, int(position)) for position in positions]
+    def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
+        """Captions that take as many slots share a batch, where their number varies at all."""
+        if self.stream.slot_step is None:
+            return order.positions(step, rank, world_size)
+        if self._sorted is None:
+            self._sorted = LengthBatches(order, self._slots)
+        return self._sorted.positions(step, rank, world_size)
+
+    def _slots(self, items: Indices, positions: Indices) -> Indices:
+        text_ids, _, _ = self._captions(items, positions)
+        return self.stream.num_slots(text_ids).numpy()
+
+    def _captions(self, items: Indices, positions: Indices) -> tuple[Tensor, Indices, list[np.random.Generator]]:
+        """Caption ids (B, T), some of them dropped, views (B,), and each sample's random numbers."""
+        config = self.recipe.dalle
+        rngs = [sample_rng(self.recipe.seed, self.stage, int(position)) for position in positions]
         views = np.array([rng.integers(self.cache.num_views) for rng in rngs], dtype=np.int64)
-        ids = self.cache.ids(indices, views)
         text = []
         is_dropped = torch.tensor([rng.random() < config.caption_dropout for rng in rngs])
-        for index, rng in zip(indices, rngs, strict=True):
+        for index, rng in zip(self.data.train[items], rngs, strict=True):
             captions = self.data.captions[index]
             caption = pick_caption(captions, rng) if captions else None
             text.append(encode(self.tokenizer, caption, self.stream.text_length, self.recipe.text.bpe_dropout, rng))
             if caption is None:  # the null caption has to be learned in every number of slots
                 text[-1][int(rng.integers(1, self.stream.text_length + 1)) :] = PAD
         text_ids = torch.stack(text)
-        text_ids = torch.where(is_dropped[:, None], self.stream.null_captions(text_ids), text_ids)
+        return torch.where(is_dropped[:, None], self.stream.null_captions(text_ids), text_ids), views, rngs
+
+    def batch(self, items: Indices, positions: Indices) -> Batch:
+        """Caption ids (B, T), image ids (B, N) to predict and to read, views (B,); all int64."""
+        config = self.recipe.dalle
+        text_ids, views, rngs = self._captions(items, positions)
+        ids = self.cache.ids(self.data.train[items], views)
         inputs = ids.clone()
         for row, rng in enumerate(rngs if config.token_corruption else []):
             replaced = torch.from_numpy(rng.random(ids.shape[1]) < config.token_corruption)
