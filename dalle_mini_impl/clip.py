@@ -109,35 +109,50 @@ class CLIP(nn.Module):
         return F.normalize(self.text_tower(text_ids).float(), dim=1)
 
     def forward(self, images: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of B pictures and their captions, (B, E) each."""
+        """Unit vectors of B pictures (B, E) and of M captions (M, E)."""
         return self.encode_image(images), self.encode_text(text_ids)
 
     def contrast(self, image_vectors: Tensor, text_vectors: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
-        """The contrastive loss of unit vectors (B, E) and (M, E), a 0-d mean.
+        """The contrastive loss of unit vectors (B, E) and (M, E), M ≥ B, a 0-d mean.
 
         image_keys (B,) and text_keys (M,) int64: equal keys mark a positive pair, so that equal captions are never
-        each other's negatives. Each picture needs a positive among the texts and each text one among the pictures.
+        each other's negatives. Each picture needs a positive among the texts and each of the first B texts one among
+        the pictures. Texts beyond those are hard negatives: pictures are compared with them, too, but not they with
+        the pictures.
         """
         logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image_vectors @ text_vectors.t()  # (B, M)
         positive = image_keys[:, None] == text_keys[None, :]
         if self.logit_bias is not None:
             signs = positive.to(logits.dtype) * 2 - 1
             return -F.logsigmoid(signs * (logits + self.logit_bias)).sum() / logits.shape[0]
-        return 0.5 * (_multi_positive_nll(logits, positive) + _multi_positive_nll(logits.t(), positive.t()))
+        own = slice(len(image_keys))
+        from_texts = _multi_positive_nll(logits[:, own].t(), positive[:, own].t())
+        return 0.5 * (_multi_positive_nll(logits, positive) + from_texts)
 
-    def loss(self, images: Tensor, text_ids: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self,
+        images: Tensor,
+        text_ids: Tensor,
+        keys: Tensor,
+        negative_ids: Tensor | None = None,
+        negative_keys: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of B pairs and its metrics (0-d, detached): the share of pictures that find their caption.
 
-        keys: (B,) int64, equal where captions are equal.
+        keys: (B,) int64, equal where captions are equal. negative_ids: (M, T) captions that are nobody's, with their
+        negative_keys (M,).
         """
         if images.shape[0] != text_ids.shape[0]:
             raise ValueError(f"{images.shape[0]} pictures and {text_ids.shape[0]} captions are no pairs")
         if tuple(keys.shape) != (images.shape[0],):
             raise ValueError(f"keys have shape {tuple(keys.shape)}; expected ({images.shape[0]},)")
-        image_vectors, text_vectors = self(images, text_ids)
-        loss = self.contrast(image_vectors, text_vectors, keys, keys)
+        all_ids, all_keys = text_ids, keys
+        if negative_ids is not None and negative_keys is not None:
+            all_ids, all_keys = torch.cat([text_ids, negative_ids]), torch.cat([keys, negative_keys])
+        image_vectors, text_vectors = self(images, all_ids)
+        loss = self.contrast(image_vectors, text_vectors, keys, all_keys)
         with torch.no_grad():
-            found = (keys[(image_vectors @ text_vectors.t()).argmax(dim=1)] == keys).float().mean()
+            found = (all_keys[(image_vectors @ text_vectors.t()).argmax(dim=1)] == keys).float().mean()
         return loss, {"batch_recall": found, "logit_scale": self.logit_scale.detach().exp()[0]}
 
 

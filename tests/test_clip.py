@@ -65,7 +65,9 @@ def _slow_infonce(clip: CLIP, images: Tensor, texts: Tensor, image_keys: Tensor,
             rows.append(sum(total - logit for logit in positives) / len(positives))
         return sum(rows) / len(rows)
 
-    return 0.5 * (one_way(images, texts, image_keys, text_keys) + one_way(texts, images, text_keys, image_keys))
+    own = slice(len(images))  # texts beyond are hard negatives: they ask for no picture
+    from_texts = one_way(texts[own], images, text_keys[own], image_keys)
+    return 0.5 * (one_way(images, texts, image_keys, text_keys) + from_texts)
 
 
 def _slow_siglip(clip: CLIP, images: Tensor, texts: Tensor, image_keys: Tensor, text_keys: Tensor) -> float:
@@ -165,7 +167,7 @@ def test_every_parameter_learns_and_pairs_are_found(loss: str) -> None:
     images, captions = colours[:, :, None, None].expand(-1, -1, SIZE, SIZE), _captions()
     optimizer = torch.optim.Adam(clip.parameters(), 5e-3)
     touched: set[str] = set()
-    for _ in range(60):
+    for _ in range(120):
         value, metrics = clip.loss(images, captions, KEYS)
         optimizer.zero_grad()
         value.backward()
@@ -204,3 +206,14 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         clip.loss(_images(), _captions(), KEYS[:3])
     with pytest.raises(ValueError, match="2 pictures and 4 captions"):
         clip.loss(_images(2), _captions(), KEYS)
+
+
+@pytest.mark.parametrize(("loss", "slow"), [("infonce", _slow_infonce), ("siglip", _slow_siglip)])
+def test_hard_negatives_are_compared_with_pictures_and_ask_for_none(loss: str, slow: Any) -> None:
+    clip, images, texts = _clip(loss), _unit(4, 1), _unit(7, 2)
+    text_keys = torch.cat([KEYS, torch.tensor([91, 3, 92])])  # one of them is in truth a caption of the second picture
+    value = clip.contrast(images, texts, KEYS, text_keys).item()
+    assert value == pytest.approx(slow(clip, images, texts, KEYS, text_keys), rel=1e-4)
+    assert value > clip.contrast(images, texts[:4], KEYS, KEYS).item() - (1.0 if loss == "infonce" else 0.0)
+    whole, _ = clip.loss(_images(), _captions(), KEYS, _captions()[[1, 3]], torch.tensor([91, 92]))
+    assert whole.item() != clip.loss(_images(), _captions(), KEYS)[0].item()

@@ -21,6 +21,7 @@ from dalle_mini_impl.stream import NULL, PAD, Stream
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices, LengthBatches, derive_seed, sample_rng
+from dalle_mini_impl.training.hard_negatives import CaptionChanger
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.vae.model import DiscreteVAE
 
@@ -120,6 +121,8 @@ class CLIPTask(_Task):
         self.bpe_dropout = recipe.text.bpe_dropout
         self.text_length = model.text_length
         self.captioned = captioned(data, data.train)
+        self.num_negatives = recipe.clip.hard_negatives
+        self.changer = CaptionChanger(c for i in self.captioned for c in data.captions[i])
         if len(self.captioned) < 2:
             raise ValueError(f"clip needs at least 2 captioned training pictures; the data has {len(self.captioned)}")
         self.num_items = len(self.captioned)
@@ -149,6 +152,18 @@ class CLIPTask(_Task):
         }
         if self.decoder is not None:
             batch["ids"] = self.decoder[1].ids(indices)
+        if self.num_negatives:
+            changed = [
+                [self.changer.changed(caption, rng) for _ in range(self.num_negatives)]
+                for caption, rng in zip(captions, rngs, strict=True)
+            ]
+            batch["negatives"] = torch.stack(
+                [
+                    torch.stack([encode(self.tokenizer, c, self.text_length, self.bpe_dropout, rng) for c in row])
+                    for row, rng in zip(changed, rngs, strict=True)
+                ]
+            )  # (B, K, T)
+            batch["negative_keys"] = torch.tensor([[caption_key(c) for c in row] for row in changed])
         return batch
 
     def counts(self, batch: Batch) -> Tensor:
@@ -166,18 +181,19 @@ class CLIPTask(_Task):
             return micro_batches
         clip = cast(CLIP, model)
         with torch.no_grad():
-            vectors: list[tuple[Tensor, Tensor]] = [clip(self._images(b), b["text"]) for b in micro_batches]
+            vectors = [self._vectors(clip, batch) for batch in micro_batches]
         sizes = [len(batch["keys"]) for batch in micro_batches]
         own = [torch.cat([pair[side] for pair in vectors]) for side in (0, 1)]
-        own.append(torch.cat([batch["keys"] for batch in micro_batches]))
+        own.append(torch.cat([_with_negatives(batch, "keys", "negative_keys") for batch in micro_batches]))
         images, texts, keys = (self.accelerator.gather(part) if world > 1 else part for part in own)
         self._scale = [p for p in (clip.logit_scale, clip.logit_bias) if p is not None]
         inputs = [images.requires_grad_(), texts.requires_grad_(), *self._scale]
+        flat_texts, flat_keys = _own_first(texts), _own_first(keys)
         with torch.autocast(images.device.type, enabled=False):
-            loss = clip.contrast(images, texts, keys, keys)
+            loss = clip.contrast(images, flat_texts, keys[:, 0], flat_keys)
         image_grad, text_grad, *self._scale_grads = torch.autograd.grad(loss, inputs)
         with torch.no_grad():
-            found = (keys[(images @ texts.t()).argmax(dim=1)] == keys).float().mean()
+            found = (flat_keys[(images @ flat_texts.t()).argmax(dim=1)] == keys[:, 0]).float().mean()
         self._global = {"loss": loss.detach(), "batch_recall": found, "logit_scale": clip.logit_scale.detach().exp()[0]}
         start = self.accelerator.process_index * sum(sizes)
         rows = slice(start, start + sum(sizes))
@@ -188,13 +204,22 @@ class CLIPTask(_Task):
         """The contrastive loss of the batch, or this micro-batch's part of its gradient."""
         clip = cast(CLIP, model)
         if "image_grad" not in batch:
-            return clip.loss(self._images(batch), batch["text"], batch["keys"])
-        image_vectors, text_vectors = clip(self._images(batch), batch["text"])
+            keys = _own_first(_with_negatives(batch, "keys", "negative_keys"))
+            ids = _own_first(_with_negatives(batch, "text", "negatives"))
+            count = len(batch["keys"])
+            return clip.loss(self._images(batch), ids[:count], keys[:count], ids[count:], keys[count:])
+        image_vectors, text_vectors = self._vectors(clip, batch)
         share = (len(batch["keys"]) / context.counts[0]).float()
         surrogate = (image_vectors * batch["image_grad"]).sum() + (text_vectors * batch["text_grad"]).sum()
         for parameter, grad in zip(self._scale, self._scale_grads, strict=True):
             surrogate = surrogate + share * (parameter * grad).sum()
         return surrogate, {name: value * share for name, value in self._global.items()}
+
+    def _vectors(self, clip: CLIP, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit vectors of the pictures (B, E) and of each one's caption and hard negatives (B, 1 + K, E)."""
+        ids = _with_negatives(batch, "text", "negatives")  # (B, 1 + K, T)
+        image_vectors, text_vectors = clip(self._images(batch), ids.flatten(0, 1))
+        return image_vectors, text_vectors.unflatten(0, ids.shape[:2])
 
     def _images(self, batch: Batch) -> Tensor:
         """Pictures (B, 3, S, S), some decoded from their ids, moved by up to max_shift pixels."""
@@ -315,6 +340,17 @@ class DALLETask(_Task):
 def captioned(data: PreparedData, indices: Indices) -> Indices:
     """Those of the pictures that have a caption."""
     return np.array([index for index in indices if data.captions[index]], dtype=np.int64)
+
+
+def _with_negatives(batch: Batch, own: str, negatives: str) -> Tensor:
+    """A batch's own rows (B, …) and what it has of hard negatives (B, K, …), as (B, 1 + K, …)."""
+    first = batch[own][:, None]
+    return torch.cat([first, batch[negatives]], dim=1) if negatives in batch else first
+
+
+def _own_first(rows: Tensor) -> Tensor:
+    """(B, 1 + K, …) as (B × (1 + K), …), with the own rows of all samples before all negatives."""
+    return torch.cat([rows[:, 0], rows[:, 1:].flatten(0, 1)])
 
 
 def pick_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
