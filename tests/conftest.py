@@ -1,4 +1,7 @@
-"""What all tests share: no network, no GPU, one thread, nothing of the machine's own caches."""
+"""What all tests share: no network, no GPU, one thread, nothing of the machine's own caches.
+
+Tests that need a GPU stand in `on_gpu.py`, which `test_gpu.py` runs in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-    CUDA_VISIBLE_DEVICES="",
-    ACCELERATE_USE_CPU="true",
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="120",
 )
+if not os.environ.get("DALLE_MINI_TEST_GPU"):
+    os.environ.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
 
 import pytest
 import torch

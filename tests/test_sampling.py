@@ -232,27 +232,9 @@ def test_the_sampler_equals_the_slow_reference(dalle: DALLE, text: Tensor, sched
         guidance=lambda index: guidance_scales(settings, num_tokens)[index],
     )
     ways: list[dict[str, Any]] = [*({"window": window} for window in (1, 2, 5, 99)), {"fixed": "eager"}]
-    if torch.cuda.is_available():
-        ways.append({"fixed": "graph"})
     for way in ways:
         fast = sample_tokens(dalle, text, range(3), seed=2, prompt=PROMPT, settings=settings, **way)
         assert torch.equal(fast.ids, slow), way
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-@pytest.mark.parametrize("settings", [GUIDED, UNGUIDED], ids=["guided", "unguided"])
-def test_a_captured_graph_draws_what_steps_of_their_own_draw(settings: SamplingConfig) -> None:
-    bundle = tiny_bundle()
-    assert bundle.dalle is not None
-    dalle = bundle.dalle.cuda()
-    text = bundle.tokenizer.batch([PROMPT], bundle.stream.text_length)[0][0]
-    eager, graph = (
-        sample_tokens(dalle, text, range(5), seed=0, prompt=PROMPT, settings=settings, fixed=fixed)
-        for fixed in ("eager", "graph")
-    )
-    assert torch.equal(eager.ids, graph.ids)
-    assert eager.log_ratio is not None and graph.log_ratio is not None
-    assert torch.allclose(eager.log_ratio, graph.log_ratio, atol=1e-3)
 
 
 def test_a_compiled_step_draws_what_an_eager_one_draws(
