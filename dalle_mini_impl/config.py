@@ -150,7 +150,7 @@ class CLIPConfig(Section):
     token_shift: bool = True
     """Each layer of the text tower mixes every token with the one before it."""
     loss: Literal["siglip", "infonce"] = "infonce"
-    hard_negatives: Annotated[int, Field(ge=0, le=8)] = 1
+    hard_negatives: Annotated[int, Field(ge=0, le=8)] = 0
     """Captions changed in a word or two that each training picture is compared with besides those of the batch."""
     reconstructed_share: Share = 0.33
     """Share of training pictures passed through the VAE, once it is trained, so that decodes are judged fairly."""

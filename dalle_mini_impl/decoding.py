@@ -236,7 +236,7 @@ def _prepared(step: Callable[[], None], fixed: FixedShapes, state: Sequence[Tens
     if fixed != "graph":
         return step
     before = [tensor.clone() for tensor in state]
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # kernels are chosen and memory is found before the capture

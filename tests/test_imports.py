@@ -20,7 +20,7 @@ LEVELS = [
     {"vae", "dalle", "clip"},
     {"sampling", "decoding", "engine", "editing", "data", "rerank", "search", "guided", "pretrained", "sheet"},
     {"training", "pipeline"},
-    {"cli", "web", "bench", "evaluate", "__main__"},
+    {"cli", "web", "bench", "evaluate", "estimate", "__main__"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 WITHIN_A_LEVEL = {
@@ -33,6 +33,7 @@ WITHIN_A_LEVEL = {
     ("editing", "decoding"),
     ("cli", "evaluate"),
     ("cli", "bench"),
+    ("cli", "estimate"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

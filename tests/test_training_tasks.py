@@ -92,7 +92,19 @@ def step(task: Task, number: int, micro_batch_size: int | None) -> None:
     task.after_step(task.model, torch.Generator().manual_seed(number))
 
 
-@pytest.mark.parametrize("make", [vae_task, vq_task, clip_task, lambda: clip_task("clip.loss=siglip"), dalle_task])
+def clip_task_with_hard_negatives(loss: str = "infonce") -> CLIPTask:
+    return clip_task("clip.hard_negatives=2", f"clip.loss={loss}")
+
+
+CLIP_TASKS = [
+    clip_task,
+    lambda: clip_task("clip.loss=siglip"),
+    clip_task_with_hard_negatives,
+    lambda: clip_task_with_hard_negatives("siglip"),
+]
+
+
+@pytest.mark.parametrize("make", [vae_task, vq_task, *CLIP_TASKS, dalle_task])
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_cutting_a_batch_up_changes_neither_loss_nor_gradient(make: Callable[[], Any], micro_batch_size: int) -> None:
     task = make()
@@ -117,7 +129,7 @@ def test_cutting_a_batch_up_changes_neither_start_nor_course_of_the_codebook(mic
     assert expected["quantizer.updates"].item() == 4
 
 
-@pytest.mark.parametrize("make", [vae_task, clip_task, dalle_task])
+@pytest.mark.parametrize("make", [vae_task, clip_task, clip_task_with_hard_negatives, dalle_task])
 def test_batches_are_functions_of_their_place_alone(make: Callable[[], Any]) -> None:
     task, again = make(), make()
     for step in (3, 0):

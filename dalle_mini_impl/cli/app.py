@@ -22,6 +22,7 @@ VERBS = {
     "rerank": "Rank a folder of pictures against a prompt, or plot quality against the number of candidates.",
     "replay": "Draw a picture again from the settings inside its file.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
+    "estimate": "Say what a recipe costs: parameters, memory, time.",
     "bench": "Measure how fast it is, beside peers and the machine's limits.",
     "export": "Copy a checkpoint with its weights in 16 bits, to ship or to share.",
 }

@@ -1,0 +1,142 @@
+"""What a recipe costs, before anything is allocated: parameters, operations, memory and time.
+
+Models are built on the meta device, which knows shapes only. Operations are counted by PyTorch as the models run
+there; activations are what autograd would keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_mini_impl.config import STAGES, Recipe, Stage
+from dalle_mini_impl.pretrained import build_clip, build_dalle, build_vae
+from dalle_mini_impl.stream import NUM_SPECIAL, Stream
+
+_FP32, _BF16 = 4, 2
+BACKWARD_FACTOR = 2
+"""A backward pass costs two forward passes: one product for the inputs, one for the weights."""
+ACHIEVED = {"cpu2": 0.3e12, "t4": 20e12, "rtx4090": 65e12, "a100": 125e12, "h100": 390e12, "h200": 390e12}
+"""Operations a second that a training reaches, about 40 % of what the hardware could do in bf16 (T4: fp16)."""
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One stage's cost. Bytes are for one device that holds everything, batch and activations for a micro-batch."""
+
+    parameters: int
+    forward_flops: float
+    """Operations of a forward pass over one picture and its caption."""
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    average_bytes: int
+    """Of the averaged (EMA) weights."""
+    activation_bytes: int
+    steps: int
+    batch_size: int
+
+    @property
+    def train_flops(self) -> float:
+        """Of the whole stage."""
+        return (1 + BACKWARD_FACTOR) * self.forward_flops * self.batch_size * self.steps
+
+    def device_bytes(self, devices: int = 1) -> float:
+        """Of each of several devices that share weights, gradients and optimiser out among them (FSDP)."""
+        shared = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.average_bytes
+        return shared / devices + self.activation_bytes
+
+    def hours(self, hardware: str, devices: int = 1) -> float:
+        """Of training on such devices; ValueError for one that isn't in ACHIEVED."""
+        if hardware not in ACHIEVED:
+            raise ValueError(f"nothing is known of hardware {hardware!r}; known: {', '.join(ACHIEVED)}")
+        return self.train_flops / (ACHIEVED[hardware] * devices) / 3600
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The stages, and what drawing takes: the cache of a picture, both guidance branches, in bf16."""
+
+    stages: dict[Stage, StageEstimate]
+    text_length: int
+    image_tokens: int
+    cache_bytes: int
+    draw_flops: float
+    """Operations of drawing one picture with guidance."""
+
+
+def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
+    """The cost of a recipe at its longest captions and largest vocabulary, which data can only make less."""
+    stream = Stream(
+        text_length=recipe.text.max_length,
+        grid_size=recipe.grid_size,
+        text_vocab=max(recipe.text.vocab_size, NUM_SPECIAL + 1),
+        image_vocab=recipe.vae.num_codes,
+    )
+    with torch.device("meta"):
+        vae, clip, dalle = build_vae(recipe), build_clip(recipe, stream), build_dalle(recipe, stream)
+        size = recipe.data.image_size
+        images = torch.zeros(1, 3, size, size)
+        text = torch.zeros(1, stream.text_length, dtype=torch.long)
+        ids = torch.zeros(1, stream.num_image_tokens, dtype=torch.long)
+    latents = torch.zeros(1, vae.quantizer.out_channels, vae.grid_size, vae.grid_size, device="meta")
+    passes: dict[Stage, tuple[nn.Module, Callable[[], object]]] = {
+        "clip": (clip, lambda: clip(images, text)),
+        "vae": (vae, lambda: (vae.encoder(images), vae.decoder(latents))),
+        "dalle": (dalle, lambda: dalle(text, ids)),
+    }
+    stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in STAGES}
+    config, tokens = recipe.dalle, stream.num_inputs
+    return Estimate(
+        stages=stages,
+        text_length=stream.text_length,
+        image_tokens=stream.num_image_tokens,
+        cache_bytes=2 * 2 * config.layers * config.dim * tokens * _BF16,
+        draw_flops=2 * stages["dalle"].forward_flops,
+    )
+
+
+def _stage(
+    recipe: Recipe, stage: Stage, model: nn.Module, forward: Callable[[], object], devices: int
+) -> StageEstimate:
+    config = getattr(recipe.train, stage)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    by_muon = 0
+    if config.optimizer == "muon":
+        by_muon = sum(parameter.numel() for parameter in model.hidden_matrices())  # type: ignore[operator]
+    with FlopCounterMode(display=False) as counter:
+        kept = _kept_elements(model, forward)
+    micro_batch = config.micro_batch_size or -(-config.batch_size // devices)
+    return StageEstimate(
+        parameters=count,
+        forward_flops=float(counter.get_total_flops()),
+        weight_bytes=count * _FP32,
+        gradient_bytes=count * _FP32,
+        optimizer_bytes=(2 * (count - by_muon) + by_muon) * _FP32,
+        average_bytes=count * _FP32,
+        activation_bytes=kept * micro_batch * _BF16,
+        steps=config.steps,
+        batch_size=config.batch_size,
+    )
+
+
+def _kept_elements(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Numbers that autograd keeps for the backward pass of one picture, weights not counted."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    held: list[object] = []  # so that no storage's place is taken by a later one
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept[storage] = max(kept.get(storage, 0), tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held.append(forward())
+    return sum(kept.values())

@@ -1,0 +1,87 @@
+"""Estimates agree with what is built, counted and kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.cli.app import main
+from dalle_mini_impl.config import Recipe
+from dalle_mini_impl.estimate import ACHIEVED, estimate
+from dalle_mini_impl.layers.attention import KVCache
+from tests.tiny import tiny_bundle, tiny_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_parameters_are_those_of_the_models() -> None:
+    bundle = tiny_bundle()
+    recipe = tiny_recipe(f"text.vocab_size={bundle.stream.text_vocab}")
+    found = estimate(recipe).stages
+    for stage, part in found.items():
+        model = getattr(bundle, stage)
+        assert part.parameters == sum(parameter.numel() for parameter in model.parameters()), stage
+
+
+def test_operations_follow_the_formula_of_a_transformer() -> None:
+    recipe = tiny_recipe("dalle.dim=64", "dalle.layers=3", "dalle.heads=2")
+    part = estimate(recipe).stages["dalle"]
+    text, image = recipe.text.max_length, recipe.grid_size**2
+    tokens = text + image - 1
+    trunk = 2 * 12 * 3 * 64**2 * tokens + 3 * 4 * 64 * tokens**2
+    heads = 2 * 64 * ((text - 1) * recipe.text.vocab_size + image * recipe.vae.num_codes)
+    assert part.forward_flops == pytest.approx(trunk + heads, rel=0.01)
+    assert part.train_flops == 3 * part.forward_flops * part.batch_size * part.steps
+
+
+def test_the_cache_is_as_large_as_the_one_that_is_allocated() -> None:
+    recipe = tiny_recipe()
+    config = recipe.dalle
+    capacity = recipe.text.max_length + recipe.grid_size**2 - 1
+    cache = KVCache.allocate(config.layers, 2, config.heads, capacity, config.dim // config.heads, dtype=torch.bfloat16)
+    assert estimate(recipe).cache_bytes == 2 * cache.keys.numel() * cache.keys.element_size()
+
+
+def test_activations_grow_with_the_batch_and_shrink_when_it_is_cut_up() -> None:
+    small, large, cut = (
+        estimate(tiny_recipe(*values)).stages["dalle"].activation_bytes
+        for values in (
+            ["train.dalle.batch_size=8"],
+            ["train.dalle.batch_size=16"],
+            ["train.dalle.batch_size=16", "train.dalle.micro_batch_size=4"],
+        )
+    )
+    assert 0 < cut == small / 2 == large / 4
+
+
+def test_dalle_1_has_its_12_billion_parameters_and_is_never_allocated() -> None:
+    recipe = Recipe.from_toml(ROOT / "configs" / "dalle1-12b.toml")
+    result = estimate(recipe, devices=64)
+    part = result.stages["dalle"]
+    assert 12.0e9 < part.parameters < 12.4e9
+    assert (result.text_length, result.image_tokens) == (256, 1024)
+    assert part.device_bytes(64) < part.device_bytes(1) / 8
+    assert part.hours("h200", 64) == pytest.approx(part.hours("h200") / 64)
+
+
+@pytest.mark.parametrize("name", ["shapes", "emoji"])
+def test_every_recipe_can_be_estimated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / f"{name}.toml")
+    for options in ([], ["--json"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["estimate", "--config", config, *options])
+        assert not stopped.value.code
+    printed = capsys.readouterr().out
+    facts = json.loads(printed[printed.index("{") :])
+    assert set(facts["hours"]) == {"vae", "clip", "dalle"} and facts["hours"]["dalle"] > 0
+    assert "memory a device" in printed
+
+
+def test_unknown_hardware_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", "--config", str(ROOT / "configs" / "shapes.toml"), "--hardware", "abacus"])
+    assert stopped.value.code == 2
+    assert f"'abacus'; known: {', '.join(ACHIEVED)}" in capsys.readouterr().err
