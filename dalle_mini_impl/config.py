@@ -178,6 +178,9 @@ class DALLEConfig(Section):
     """Share of image input ids replaced by random ones in training."""
     caption_dropout: Share = 0.1
     """Share of captions replaced by the null caption in training."""
+    reading_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training pictures whose captions are read from the picture, instead of the picture being drawn:
+    what a caption's likelihood, a second ranker beside CLIP, is learned from."""
     text_loss_weight: Share = 0.125
     """Weight of the text loss; the image loss has the rest."""
 

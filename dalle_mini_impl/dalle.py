@@ -56,6 +56,7 @@ class DALLE(nn.Module):
         self.target_row = nn.Embedding(stream.grid_size, dim)  # of the cell being predicted
         self.target_column = nn.Embedding(stream.grid_size, dim)
         self.view_embedding = nn.Embedding(num_views, dim) if num_views > 1 else None
+        self.reading = nn.Embedding(1, dim) if config.reading_share > 0 else None  # marks a picture that is read
         self.blocks = nn.ModuleList(
             Block(
                 dim,
@@ -127,7 +128,7 @@ class DALLE(nn.Module):
         for rows, text in self.stream.groups(text_ids):
             ids, view_ids = image_ids[rows], None if view is None else view[rows]
             text_logits, image_logits = self(text, inputs[rows], view_ids)
-            targets = text[:, 1:].masked_fill(text[:, :1] == NULL, PAD)  # (n, t - 1)
+            targets = self._text_targets(text)
             parts.append(
                 (
                     F.cross_entropy(
@@ -151,6 +152,56 @@ class DALLE(nn.Module):
     def log_likelihood(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
         """log p(picture | caption) in nats, (B,) fp32, of captions (B, T) and whole pictures (B, N)."""
         return self.token_log_likelihoods(text_ids, image_ids).sum(dim=1)
+
+    def read_logits(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        """The stream the other way round: logits (B, t - 1, text_vocab) of text ids 1 … t-1, given the whole picture.
+
+        text_ids: (B, t), captions that all take t slots. image_ids: (B, N). Raises ValueError for a model that was
+        built without a reading_share.
+        """
+        if self.reading is None:
+            raise ValueError(
+                "this DALLE doesn't read captions from pictures: train it with dalle.reading_share above 0"
+            )
+        self.stream.check_text(text_ids)
+        num_text, num_image = text_ids.shape[1], self.stream.num_image_tokens
+        cells = self._target_embedding(0, num_image)  # here of the cell that is read
+        picture = self.image_embedding(image_ids) + cells + self.reading.weight
+        x = torch.cat([picture, self._words(text_ids)[:, :-1]], dim=1)  # (B, N + t - 1, dim)
+        first = self.stream.text_length - num_text
+        slots = torch.cat(
+            [
+                torch.arange(self.stream.text_length, self.stream.text_length + num_image, device=x.device),
+                torch.arange(first, first + num_text - 1, device=x.device),
+            ]
+        )
+        hidden = self._run(x, (self.rope_cos[slots], self.rope_sin[slots]))
+        logits: Tensor = self.text_head(hidden[:, num_image:])
+        return logits
+
+    def reading_loss(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed negative log-likelihood in nats of captions (B, T) read from pictures (B, N), and how many tokens.
+
+        Padding and null captions are no targets.
+        """
+        sums, counts = [], []
+        for rows, text in self.stream.groups(text_ids):
+            logits = self.read_logits(text, image_ids[rows]).float()
+            targets = self._text_targets(text)
+            sums.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"))
+            counts.append((targets != PAD).sum())
+        return torch.stack(sums).sum(), torch.stack(counts).sum()
+
+    def caption_log_likelihood(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        """log p(caption | picture) in nats, (B,) fp32, of captions (B, T) and whole pictures (B, N)."""
+        result = torch.empty(len(image_ids), device=image_ids.device)
+        for rows, text in self.stream.groups(text_ids):
+            logits = self.read_logits(text, image_ids[rows]).float()
+            nll = F.cross_entropy(
+                logits.transpose(1, 2), self._text_targets(text), ignore_index=PAD, reduction="none"
+            )  # (n, t - 1), 0 at padding
+            result[rows] = -nll.sum(dim=1)
+        return result
 
     def prefill(
         self, text_ids: Tensor, view: Tensor | None = None, dtype: torch.dtype | None = None
@@ -231,15 +282,23 @@ class DALLE(nn.Module):
 
     def embed(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None) -> Tensor:
         """Input vectors (B, t + n, dim) of captions of t slots and the first n < N image tokens."""
-        is_pad = (text_ids == PAD).unsqueeze(-1)
-        slots = slice(text_ids.shape[1])
-        words = self.text_embedding(text_ids) + self.text_position.weight[slots]
-        text = torch.where(is_pad, self.text_pad.weight[slots], words)
-        x = torch.cat([text, self.image_embedding(image_ids)], dim=1)
+        x = torch.cat([self._words(text_ids), self.image_embedding(image_ids)], dim=1)
         num_outputs = image_ids.shape[1] + 1
         targets = self._target_embedding(0, num_outputs)  # (n + 1, dim)
         x = x + F.pad(targets, (0, 0, x.shape[1] - num_outputs, 0))
         return self.with_view(x, view)
+
+    @staticmethod
+    def _text_targets(text_ids: Tensor) -> Tensor:
+        """Text ids 1 … t-1 of captions (B, t) that are predicted; PAD in place of those of null captions."""
+        return text_ids[:, 1:].masked_fill(text_ids[:, :1] == NULL, PAD)
+
+    def _words(self, text_ids: Tensor) -> Tensor:
+        """Input vectors (B, t, dim) of captions of t slots."""
+        is_pad = (text_ids == PAD).unsqueeze(-1)
+        slots = slice(text_ids.shape[1])
+        words = self.text_embedding(text_ids) + self.text_position.weight[slots]
+        return torch.where(is_pad, self.text_pad.weight[slots], words)
 
     def _target_embedding(self, start: int, end: int) -> Tensor:
         """Row plus column embedding, (end - start, dim), of the cells start … end - 1 that are being predicted."""
@@ -265,10 +324,13 @@ class DALLE(nn.Module):
     def _trunk(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
         """Runs the blocks over (B, L, dim), whose first token stands in slot `start`, behind those in the cache."""
         length = x.shape[1]
-        rope = (self.rope_cos[start : start + length], self.rope_sin[start : start + length])
+        return self._run(x, (self.rope_cos[start : start + length], self.rope_sin[start : start + length]), cache)
+
+    def _run(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says."""
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, None, cache, layer)
         if cache is not None:
-            cache.advance(length)
+            cache.advance(x.shape[1])
         hidden: Tensor = self.final_norm(x)
         return hidden

@@ -40,7 +40,8 @@ class RankedPicture:
 
     rank: 1 is the best of its prompt, 0 means not ranked. candidate: its number, which with prompt, seed and settings
     fixes its tokens. clip_score: cosine similarity with the prompt, None without a CLIP. log_ratio:
-    Σ log p(x|prompt) - log p(x|null). tokens: image ids (N,) int64.
+    Σ log p(x|prompt) - log p(x|null). read_score: log p(prompt|picture) in nats, None where DALL·E doesn't read.
+    tokens: image ids (N,) int64.
     """
 
     image: Image.Image
@@ -50,6 +51,7 @@ class RankedPicture:
     seed: int
     clip_score: float | None
     log_ratio: float
+    read_score: float | None
     tokens: Tensor
 
 
@@ -194,6 +196,7 @@ class TextToImage:
             part = slice(first, first + _DECODE_BATCH)
             images = self.decode(samples.ids[part])
             scores = self._clip_scores(images, [prompts[prompt] for prompt, _ in jobs[part]])
+            read = self._read_scores(samples.ids[part], text_ids[[prompt for prompt, _ in jobs[part]]])
             for index, image in enumerate(to_pil(images)):
                 prompt, candidate = jobs[first + index]
                 pictures.append(
@@ -205,6 +208,7 @@ class TextToImage:
                         seed=seed,
                         clip_score=scores[index],
                         log_ratio=float(samples.log_ratio[first + index]),
+                        read_score=read[index],
                         tokens=samples.ids[first + index],
                     )
                 )
@@ -219,6 +223,14 @@ class TextToImage:
         if self.bundle.clip is None:
             return [None] * len(images)
         scores: list[float] = score_pairs(self.bundle.clip, self.bundle.tokenizer, images, prompts).tolist()
+        return scores
+
+    @torch.no_grad()
+    def _read_scores(self, ids: Tensor, text_ids: Tensor) -> list[float] | list[None]:
+        if self.dalle.reading is None:
+            return [None] * len(ids)
+        device = self.dalle.image_head.weight.device
+        scores: list[float] = self.dalle.caption_log_likelihood(text_ids.to(device), ids.to(device)).tolist()
         return scores
 
 

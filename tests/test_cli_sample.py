@@ -52,7 +52,7 @@ def test_every_kept_picture_is_a_png_with_its_settings(drawn: Path) -> None:
     results = _results(drawn)
     assert [(line["prompt"], line["rank"]) for line in results] == [(p, rank) for p in PROMPTS for rank in (1, 2)]
     for line in results:
-        assert set(line) == {"prompt", "rank", "candidate", "seed", "file", "clip_score", "log_ratio"}
+        assert set(line) == {"prompt", "rank", "candidate", "seed", "file", "clip_score", "log_ratio", "read_score"}
         assert Path(line["file"]).name == line["file"]
         metadata = read_metadata(drawn / line["file"])
         assert line.items() <= metadata.items()

@@ -336,3 +336,59 @@ def test_cached_equals_uncached_for_captions_of_every_number_of_slots() -> None:
         first, cache = dalle.prefill(ids)
         cached = [first, *(dalle.decode_step(images[rows, i - 1], i, cache) for i in range(1, N))]
         assert torch.allclose(torch.stack(cached, dim=1), logits, atol=1e-5)
+
+
+def _reader() -> DALLE:
+    config = DALLEConfig.model_validate({"dim": 16, "layers": 2, "heads": 2, "reading_share": 0.25})
+    dalle = DALLE(config, STREAM)
+    randomize(dalle)
+    return dalle.eval()
+
+
+@torch.no_grad()
+def test_a_caption_is_read_from_the_whole_picture_and_the_words_before() -> None:
+    dalle, text, images = _reader(), _captions()[:2], _images(2)
+    logits = dalle.read_logits(text, images)
+    assert logits.shape == (2, STREAM.text_length - 1, STREAM.text_vocab)
+    for cell in range(N):
+        changed = images.clone()
+        changed[:, cell] = (changed[:, cell] + 1) % STREAM.image_vocab
+        assert not torch.allclose(dalle.read_logits(text, changed)[:, 0], logits[:, 0]), cell
+    for slot in range(1, STREAM.text_length):
+        changed = text.clone()
+        changed[:, slot] = 19
+        after = dalle.read_logits(changed, images)
+        assert torch.equal(after[:, :slot], logits[:, :slot])
+        assert slot == STREAM.text_length - 1 or not torch.allclose(after[:, slot:], logits[:, slot:])
+
+
+@torch.no_grad()
+def test_the_likelihood_of_a_caption_is_that_of_its_tokens() -> None:
+    dalle, text, images = _reader(), _captions(), _images()
+    logits = dalle.read_logits(text, images)
+    expected = torch.zeros(5)
+    for row in range(4):  # row 4 is the null caption: nothing is read
+        for slot in range(1, STREAM.text_length):
+            if text[row, slot] != PAD:
+                expected[row] += logits[row, slot - 1].log_softmax(dim=0)[text[row, slot]]
+    assert torch.allclose(dalle.caption_log_likelihood(text, images), expected, atol=1e-4)
+    total, count = dalle.reading_loss(text, images)
+    assert total.item() == pytest.approx(-expected.sum().item(), rel=1e-5)
+    assert int(count) == 3 + 5 + 5 + 1
+
+
+@torch.no_grad()
+def test_captions_of_fewer_slots_are_read_as_likely_in_any_company() -> None:
+    stream = dataclasses.replace(STREAM, slot_step=2)
+    dalle = DALLE(DALLEConfig(dim=16, layers=2, heads=2, reading_share=0.25), stream)
+    randomize(dalle)
+    text, images = _captions(), _images()
+    together = dalle.eval().caption_log_likelihood(text, images)
+    for row in range(5):
+        alone = dalle.caption_log_likelihood(text[row : row + 1], images[row : row + 1])
+        assert torch.allclose(together[row : row + 1], alone, atol=1e-5)
+
+
+def test_a_model_that_never_learned_to_read_says_so() -> None:
+    with pytest.raises(ValueError, match="doesn't read captions"):
+        _dalle().caption_log_likelihood(_captions(), _images())

@@ -155,8 +155,8 @@ def test_a_width_that_heads_dont_divide_is_refused() -> None:
 def test_rotation_keeps_norms() -> None:
     stream = Stream(text_length=5, grid_size=4, text_vocab=10, image_vocab=10)
     angles = stream_angles(stream, 16)
-    assert angles.shape == (stream.num_inputs, 8)
-    x = torch.randn(3, stream.num_inputs, 16)
+    assert angles.shape == (stream.num_inputs + 1, 8)
+    x = torch.randn(3, stream.num_inputs + 1, 16)
     rotated = rotate(x, angles.cos(), angles.sin())
     assert torch.allclose(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
     assert not torch.allclose(rotated[:, 0], x[:, 0])

@@ -104,7 +104,11 @@ CLIP_TASKS = [
 ]
 
 
-@pytest.mark.parametrize("make", [vae_task, vq_task, *CLIP_TASKS, dalle_task])
+def reading_task() -> DALLETask:
+    return dalle_task("dalle.reading_share=0.25")
+
+
+@pytest.mark.parametrize("make", [vae_task, vq_task, *CLIP_TASKS, dalle_task, reading_task])
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_cutting_a_batch_up_changes_neither_loss_nor_gradient(make: Callable[[], Any], micro_batch_size: int) -> None:
     task = make()
@@ -129,7 +133,7 @@ def test_cutting_a_batch_up_changes_neither_start_nor_course_of_the_codebook(mic
     assert expected["quantizer.updates"].item() == 4
 
 
-@pytest.mark.parametrize("make", [vae_task, clip_task, clip_task_with_hard_negatives, dalle_task])
+@pytest.mark.parametrize("make", [vae_task, clip_task, clip_task_with_hard_negatives, dalle_task, reading_task])
 def test_batches_are_functions_of_their_place_alone(make: Callable[[], Any]) -> None:
     task, again = make(), make()
     for step in (3, 0):
@@ -178,13 +182,25 @@ def test_each_view_comes_with_its_own_ids() -> None:
     assert set(batch["view"].tolist()) == {0, 1}
 
 
+def test_every_fourth_sample_is_read_and_keeps_its_caption() -> None:
+    task = dalle_task("dalle.reading_share=0.25", "dalle.caption_dropout=1.0")
+    batch = batch_of(task)
+    assert batch["reads"].tolist() == [place % 4 == 0 for place in range(12)]
+    assert ((batch["text"] == NULL).any(dim=1) == ~batch["reads"]).all(), "what is read is never dropped"
+    metrics, gradient = gradients(task, batch, None)
+    assert metrics["loss"] == pytest.approx(
+        0.25 * metrics["read_nll"] + 0.75 * (metrics["text_nll"] / 8 + metrics["image_nll"] * 7 / 8), rel=1e-4
+    )
+    assert gradient["reading.weight"].abs().max() > 0
+
+
 def test_the_dalle_loss_weighs_the_means_of_text_and_image() -> None:
     task = dalle_task()
     batch = batch_of(task)
     metrics, _ = gradients(task, batch, None)
     assert metrics["loss"] == pytest.approx(metrics["text_nll"] / 8 + metrics["image_nll"] * 7 / 8, rel=1e-4)
     not_null = ~(batch["text"] == NULL).all(dim=1)
-    assert task.counts(batch).tolist() == [int((batch["text"][not_null][:, 1:] != PAD).sum()), 12 * 16]
+    assert task.counts(batch).tolist() == [int((batch["text"][not_null][:, 1:] != PAD).sum()), 12 * 16, 0]
 
 
 def test_clip_trains_on_captioned_pictures_and_decodes_its_share() -> None:

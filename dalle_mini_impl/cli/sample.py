@@ -192,6 +192,7 @@ def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[
         "file": file,
         "clip_score": picture.clip_score,
         "log_ratio": picture.log_ratio,
+        "read_score": picture.read_score,
     }
     save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist()})
     results.write(json.dumps(facts, ensure_ascii=False) + "\n")

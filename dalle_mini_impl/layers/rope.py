@@ -15,7 +15,7 @@ def axis_angles(positions: Tensor, num_frequencies: int, base: float = 1000.0) -
 
 
 def stream_angles(stream: Stream, head_dim: int) -> Tensor:
-    """Rotation angles of every slot that the transformer reads, (T + N - 1, head_dim / 2) radians.
+    """Rotation angles of every slot of the stream, (T + N, head_dim / 2) radians.
 
     Half of the pairs turn with the row, half with the column. Text slot t of T stands at (t - T, t - T), on the
     diagonal that ends at the grid's corner, so that text is 1-D, never at angle 0, and the grid's angles don't
@@ -25,8 +25,7 @@ def stream_angles(stream: Stream, head_dim: int) -> Tensor:
     grid = stream.image_positions()  # (N, 2)
     rows = torch.cat([text, grid[:, 0]])
     columns = torch.cat([text, grid[:, 1]])
-    angles = torch.cat([axis_angles(axis, head_dim // 4) for axis in (rows, columns)], dim=1)
-    return angles[: stream.num_inputs]
+    return torch.cat([axis_angles(axis, head_dim // 4) for axis in (rows, columns)], dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

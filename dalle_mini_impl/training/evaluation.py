@@ -134,33 +134,39 @@ def likelihood(
 ) -> dict[str, float]:
     """Nats and bits a token of plain pictures and their captions, and the caption gain.
 
+    read_nll: nats a text token costs where the picture is known; what it is below text_nll, the picture tells.
     Caption gain: nats an image token costs more under another picture's caption; 0 means captions are ignored. Left out
     where no two captions differ.
     """
     device = context.accelerator.device
     others = _other_captions(data, indices)
-    sums = torch.zeros(6, dtype=torch.float64, device=device)
+    sums = torch.zeros(8, dtype=torch.float64, device=device)
     for chunk in _chunks(_share(indices, context)):
         captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
         ids = cache.ids(chunk).to(device)
         text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
         with context.autocast():
             true = dalle.loss(text, ids)
+            read = dalle.reading_loss(text, ids) if dalle.reading is not None else (sums[0] * 0, sums[0] * 0)
         sums[:4] += torch.stack([true.image_nll_sum, true.num_image, true.text_nll_sum, true.num_text])
+        sums[6:] += torch.stack(read)
         swapped = [row for row, i in enumerate(chunk) if int(i) in others]
         if swapped:
             other_text = tokenizer.batch([others[int(chunk[row])] for row in swapped], dalle.stream.text_length)[0]
             with context.autocast():
                 own = dalle.loss(text[swapped], ids[swapped])
                 other = dalle.loss(other_text.to(device), ids[swapped])
-            sums[4:] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
-    image, num_image, text_nll, num_text, gain, num_swapped = context.accelerator.reduce(sums, "sum").tolist()
+            sums[4:6] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
+    totals = context.accelerator.reduce(sums, "sum").tolist()
+    image, num_image, text_nll, num_text, gain, num_swapped, read_nll, num_read = totals
     image_nll = image / num_image
     metrics = {
         "image_nll": image_nll,
         "image_bits": image_nll / math.log(2),
         "text_nll": text_nll / max(1, num_text),
     }
+    if num_read:
+        metrics["read_nll"] = read_nll / num_read
     return metrics | ({"caption_gain": gain / num_swapped} if num_swapped else {})
 
 

@@ -35,7 +35,7 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
     "clip": frozenset(
         {"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss", "token_shift"}
     ),
-    "dalle": frozenset({"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift"}),
+    "dalle": frozenset({"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift", "reading_share"}),
 }
 """Keys that say what a checkpoint's weights, ids and slots mean: fine-tuning takes them over, and no others."""
 

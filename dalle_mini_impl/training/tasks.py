@@ -283,7 +283,7 @@ class DALLETask(_Task):
         rngs = [sample_rng(self.recipe.seed, self.stage, int(position)) for position in positions]
         views = np.array([rng.integers(self.cache.num_views) for rng in rngs], dtype=np.int64)
         text = []
-        is_dropped = torch.tensor([rng.random() < config.caption_dropout for rng in rngs])
+        is_dropped = torch.tensor([rng.random() < config.caption_dropout for rng in rngs]) & ~self._reads(positions)
         for index, rng in zip(self.data.train[items], rngs, strict=True):
             captions = self.data.captions[index]
             caption = pick_caption(captions, rng) if captions else None
@@ -293,8 +293,15 @@ class DALLETask(_Task):
         text_ids = torch.stack(text)
         return torch.where(is_dropped[:, None], self.stream.null_captions(text_ids), text_ids), views, rngs
 
+    def _reads(self, positions: Indices) -> Tensor:
+        """Which samples (B,) are read instead of drawn: every n-th."""
+        share = self.recipe.dalle.reading_share
+        if share == 0:
+            return torch.zeros(len(positions), dtype=torch.bool)
+        return torch.from_numpy(positions % round(1 / share) == 0)
+
     def batch(self, items: Indices, positions: Indices) -> Batch:
-        """Caption ids (B, T), image ids (B, N) to predict and to read, views (B,); all int64."""
+        """Caption ids (B, T), image ids (B, N) to predict and to read, views (B,), and which captions are read."""
         config = self.recipe.dalle
         text_ids, views, rngs = self._captions(items, positions)
         ids = self.cache.ids(self.data.train[items], views)
@@ -303,22 +310,46 @@ class DALLETask(_Task):
             replaced = torch.from_numpy(rng.random(ids.shape[1]) < config.token_corruption)
             random_ids = torch.from_numpy(rng.integers(self.stream.image_vocab, size=ids.shape[1]))
             inputs[row] = torch.where(replaced, random_ids, inputs[row])
-        return {"text": text_ids, "ids": ids, "inputs": inputs, "view": torch.from_numpy(views)}
+        reads = self._reads(positions)
+        return {"text": text_ids, "ids": ids, "inputs": inputs, "view": torch.from_numpy(views), "reads": reads}
 
     def counts(self, batch: Batch) -> Tensor:
-        """Text tokens that are predicted (no padding, no null captions) and image tokens."""
-        targets = batch["text"][:, 1:]
-        num_text = ((targets != PAD) & (batch["text"][:, :1] != NULL)).sum()
-        return torch.tensor([int(num_text), batch["ids"].numel()], dtype=torch.float64)
+        """Text tokens that are predicted (no padding, no null captions), image tokens, text tokens that are read."""
+        is_target = (batch["text"][:, 1:] != PAD) & (batch["text"][:, :1] != NULL)
+        reads = batch["reads"]
+        drawn = (~reads).sum() * batch["ids"].shape[1]
+        counts = (is_target[~reads].sum(), drawn, is_target[reads].sum())
+        return torch.tensor([int(count) for count in counts], dtype=torch.float64)
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """text_loss_weight × mean over text tokens + the rest × mean over image tokens, both of the global batch."""
+        """text_loss_weight × mean over text tokens + the rest × mean over image tokens, both of the global batch.
+
+        With a reading_share, that share of the loss is the mean over tokens of captions read from their pictures.
+        """
         dalle = cast(DALLE, model)
+        num_text, num_image, num_read = context.counts.float().clamp(min=1)
+        weight = self.recipe.dalle.text_loss_weight
         view = batch["view"] if dalle.num_views > 1 else None
-        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"])
-        num_text, num_image = context.counts.float().clamp(min=1)
-        loss = losses.total(self.recipe.dalle.text_loss_weight, num_text, num_image)
-        return loss, {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
+        if dalle.reading is None:
+            losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"])
+            loss = losses.total(weight, num_text, num_image)
+            return loss, {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
+        reads = batch["reads"]
+        parts: dict[str, Tensor] = dict.fromkeys(("image_nll", "text_nll", "read_nll"), context.counts.new_zeros(()))
+        loss = 0.0 * dalle.reading.weight.sum()  # every process uses every weight, whatever its samples are
+        share = self.recipe.dalle.reading_share
+        if not reads.all():
+            rows = ~reads
+            losses = dalle.loss(
+                batch["text"][rows], batch["ids"][rows], None if view is None else view[rows], batch["inputs"][rows]
+            )
+            loss = loss + (1 - share) * losses.total(weight, num_text, num_image)
+            parts |= {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
+        if reads.any():
+            read_nll = dalle.reading_loss(batch["text"][reads], batch["ids"][reads])[0] / num_read
+            loss = loss + share * read_nll
+            parts["read_nll"] = read_nll
+        return loss, parts
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """Image NLL beside ln V and the unigram floor, caption gain; draws a sheet of samples."""
