@@ -32,7 +32,7 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
             "laplacian_weight",
         }
     ),
-    "clip": frozenset({"reconstructed_share"}),
+    "clip": frozenset({"reconstructed_share", "hard_negatives"}),
     "dalle": frozenset({"dropout", "token_corruption", "caption_dropout", "text_loss_weight"}),
 }
 """A new key of a recipe belongs here if a checkpoint means the same whatever its value, else to ARCHITECTURE_KEYS."""
