@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from dalle_mini_impl.data import emoji_font
-from dalle_mini_impl.data.emoji import BACKGROUNDS, SCENE_EMOJI, EmojiSource, is_held_out, render
+from dalle_mini_impl.data.emoji import (
+    BACKGROUNDS,
+    CELL_PIXELS,
+    SCENE_EMOJI,
+    EmojiScene,
+    EmojiSource,
+    Placed,
+    cells_of,
+    is_held_out,
+    render,
+)
 from dalle_mini_impl.data.emoji_font import draw_cell, find_font
 from dalle_mini_impl.data.emoji_names import Glyph, all_glyphs, clean_name, with_article
 
@@ -153,10 +163,41 @@ def test_captions_say_where_things_are_drawn(source: EmojiSource) -> None:
             checked += 1
         if scene.background != "white":
             assert all(f"{scene.background} background" in caption for caption in captions)
-        empty = (32, 1) if all(item.y > 2 or item.x > 9 or item.x + item.size < 7 for item in scene.placed) else None
-        if empty is not None:
-            assert render(scene, source.font, 64).getpixel(empty) == BACKGROUNDS[scene.background]
+        middle = scene.cells / 2
+        if not any(item.y == 0 and item.x < middle < item.x + item.size for item in scene.placed):
+            assert render(scene, source.font, 64).getpixel((32, 1)) == BACKGROUNDS[scene.background]
     assert checked > 10
+
+
+@needs_font
+@pytest.mark.parametrize("image_size", [32, 64, 80, 128, 256, 100])
+def test_glyphs_stand_on_a_grid_of_cells(source: EmojiSource, image_size: int) -> None:
+    cells = cells_of(image_size)
+    assert cells % 2 == 0 and (image_size % (2 * CELL_PIXELS) or image_size % cells == 0)
+    frog = next(glyph for glyph in source.actors if glyph.name == "frog")
+    pitch, half = image_size / cells, cells // 2
+    corners = []
+    for x, y in [(0, 0), (1, 0), (0, half), (half, half), (half // 2, 1)]:
+        picture = render(EmojiScene((Placed(frog, x, y, half),), cells), source.font, image_size)
+        left, top = round(x * pitch), round(y * pitch)
+        corners.append(picture.crop((left, top, left + round(half * pitch), top + round(half * pitch))).tobytes())
+    assert len(set(corners)) == 1, "the same pixels wherever it stands"
+
+
+@needs_font
+def test_no_glyph_leaves_the_picture_or_meets_another() -> None:
+    for image_size in (32, 64, 80):
+        source = EmojiSource(scenes=1, image_size=image_size, repeats=0)
+        for index in range(300):
+            scene, _ = source.composed(random.Random(index))
+            covered = [
+                (column, row)
+                for item in scene.placed
+                for column in range(item.x, item.x + item.size)
+                for row in range(item.y, item.y + item.size)
+            ]
+            assert len(set(covered)) == len(covered)
+            assert all(0 <= place < scene.cells for cell in covered for place in cell)
 
 
 @needs_font

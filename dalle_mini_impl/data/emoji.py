@@ -1,7 +1,7 @@
 """The made source `emoji`: every glyph of an installed colour-emoji font by name, and scenes composed of several.
 
-Sizes and places in scenes are multiples of 1/16 of the picture, so that a glyph often falls on the token grid in the
-same way, which small models learn far sooner.
+Glyphs stand on a grid of 8-pixel cells, in two sizes: alone they fill the picture, in scenes half its side. On a VAE's
+token grid of f8 (or finer) a glyph then has the same tokens wherever it stands, which small models learn far sooner.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "gray": (206, 206, 206),
     "black": (24, 24, 24),
 }
-UNITS = 16
-"""A scene's grid: places and sizes are multiples of a 16th of the side."""
-FULL = 15.0
-"""Size of a glyph alone in its picture, in units; the rest is its margin."""
+CELL_PIXELS = 8
+MAX_CELLS = 16
+FILLED = 15 / 16
+"""Share of its square's side that a glyph takes; the rest is its margin."""
 HELD_OUT_PERCENT = 4
 DARK = 85
 """Mean of the brightest channel, of 255, below which a glyph is never drawn on black."""
@@ -69,19 +69,20 @@ PARTS = {(0, 0): "top left", (1, 0): "top right", (0, 1): "bottom left", (1, 1):
 
 @dataclass(frozen=True)
 class Placed:
-    """A glyph in a picture: its upper left corner and its side, in units."""
+    """A glyph in a picture: the upper left corner and the side of its square, in cells."""
 
     glyph: Glyph
-    x: float
-    y: float
-    size: float
+    x: int
+    y: int
+    size: int
 
 
 @dataclass(frozen=True)
 class EmojiScene:
-    """One picture: glyphs that don't overlap, on a plain background."""
+    """One picture of cells x cells: glyphs that don't overlap, on a plain background."""
 
     placed: tuple[Placed, ...]
+    cells: int
     background: str = "white"
 
 
@@ -89,16 +90,23 @@ def render(scene: EmojiScene, font: Path, image_size: int) -> Image.Image:
     """Draws a scene: an RGB picture of image_size x image_size pixels."""
     canvas = Image.new("RGBA", (image_size, image_size), (*BACKGROUNDS[scene.background], 255))
     for item in scene.placed:
-        x, y, size = (round(value * image_size / UNITS) for value in (item.x, item.y, item.size))
-        canvas.alpha_composite(draw_glyph(font, item.glyph.sequence, size), (x, y))
+        left, top, square = (round(value * image_size / scene.cells) for value in (item.x, item.y, item.size))
+        side = round(FILLED * square)
+        margin = (square - side) // 2
+        canvas.alpha_composite(draw_glyph(font, item.glyph.sequence, side), (left + margin, top + margin))
     return canvas.convert("RGB")
+
+
+def cells_of(image_size: int) -> int:
+    """Cells along the side of a picture: of 8 pixels each, an even number, and no more than 16 of them."""
+    return min(MAX_CELLS, image_size // (2 * CELL_PIXELS) * 2)
 
 
 class EmojiSource:
     """Pictures of emoji with their names, then scenes of 1 to 3 of them with captions that say what is where.
 
     scenes: number of composed scenes; scene i depends on (seed, i) alone.
-    repeats: pictures of each emoji: by turns plain on white, on a colour, a little smaller and moved, on a colour.
+    repeats: pictures of each emoji: by turns plain on white and on a colour.
     skin_tones: also show each variant with a skin tone, once.
     font: a colour-emoji font with bitmaps; by default Noto Color Emoji, wherever it is installed.
     Validation has the scenes that show a held-out pair of emoji together, which training never does. A glyph that
@@ -121,9 +129,10 @@ class EmojiSource:
             raise ValueError(
                 f"emoji:scenes is {scenes} and repeats {repeats}; both must be at least 0 and one of them 1"
             )
-        if image_size < 2 * UNITS:
-            raise ValueError(f"emoji need pictures of at least {2 * UNITS} pixels, not {image_size}")
+        if image_size < 4 * CELL_PIXELS:
+            raise ValueError(f"emoji need pictures of at least {4 * CELL_PIXELS} pixels, not {image_size}")
         self.scenes, self.seed, self.image_size, self.repeats = scenes, seed, image_size, repeats
+        self.cells = cells_of(image_size)
         self.font = find_font(font)
         drawable, self.dark = survey(self.font)
         self.base = [glyph for glyph in drawable if not glyph.toned]
@@ -148,11 +157,11 @@ class EmojiSource:
             name = "-".join(f"{ord(letter):x}" for letter in glyph.sequence)
             for repeat in range(self.repeats):
                 rng = random.Random(f"emoji/{self.seed}/{glyph.sequence}/{repeat}")
-                scene = single_scene(glyph, repeat, rng, self._backgrounds(glyph))
+                scene = self._alone(glyph, repeat, rng)
                 yield self._record(f"emoji/{name}/{repeat}", scene, single_captions(scene, rng), "train")
         for glyph in self.toned:
             name = "-".join(f"{ord(letter):x}" for letter in glyph.sequence)
-            scene = EmojiScene((_centred(glyph, FULL),))
+            scene = EmojiScene((Placed(glyph, 0, 0, self.cells),), self.cells)
             phrase = glyph.name.replace(": ", " with ", 1)
             yield self._record(f"emoji/{name}", scene, (glyph.name, phrase), "train")
         for index in range(self.scenes):
@@ -165,10 +174,16 @@ class EmojiSource:
         """A scene of 1 to 3 different emoji in clear places, with 2 or 3 captions."""
         glyphs = rng.sample(self.actors, rng.choices((1, 2, 3), weights=(2, 6, 2))[0])
         background = rng.choice(self._backgrounds(*glyphs)) if rng.random() < 0.65 else "white"
-        placed, captions = (_one, _two, _three)[len(glyphs) - 1](glyphs, rng)
-        scene = EmojiScene(placed, background)
+        placed, captions = (_one, _two, _three)[len(glyphs) - 1](glyphs, self.cells, rng)
+        scene = EmojiScene(placed, self.cells, background)
         chosen = rng.sample(captions, min(3, len(captions)))
         return scene, tuple(dict.fromkeys(_on_background(caption, scene, rng) for caption in chosen))
+
+    def _alone(self, glyph: Glyph, repeat: int, rng: random.Random) -> EmojiScene:
+        """A glyph that fills its picture, by turns on white and on a colour."""
+        colours = [name for name in self._backgrounds(glyph) if name != "white"]
+        background = rng.choice(colours) if repeat % 2 else "white"
+        return EmojiScene((Placed(glyph, 0, 0, self.cells),), self.cells, background)
 
     def _backgrounds(self, *glyphs: Glyph) -> list[str]:
         """Those on which all of the glyphs can be seen."""
@@ -203,21 +218,6 @@ def is_held_out(scene: EmojiScene) -> bool:
     return any(int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT for digest in digests)
 
 
-def _centred(glyph: Glyph, size: float, dx: float = 0.0, dy: float = 0.0) -> Placed:
-    return Placed(glyph, (UNITS - size) / 2 + dx, (UNITS - size) / 2 + dy, size)
-
-
-def single_scene(glyph: Glyph, repeat: int, rng: random.Random, backgrounds: list[str]) -> EmojiScene:
-    """A glyph that fills its picture: by turns plain on white, on a colour, a little smaller and moved, on a colour."""
-    if repeat % 4 == 0:
-        return EmojiScene((_centred(glyph, FULL),))
-    if repeat % 2 == 1:
-        return EmojiScene((_centred(glyph, FULL),), rng.choice([name for name in backgrounds if name != "white"]))
-    size = rng.choice((13.0, 14.0))
-    room = int(UNITS - size) // 2
-    return EmojiScene((_centred(glyph, size, rng.randint(-room, room), rng.randint(-room, room)),))
-
-
 def single_captions(scene: EmojiScene, rng: random.Random) -> tuple[str, ...]:
     """The name, with its article, in a phrase, and another name where there is one."""
     glyph = scene.placed[0].glyph
@@ -242,22 +242,24 @@ def _on_background(caption: str, scene: EmojiScene, rng: random.Random) -> str:
 Composition = tuple[tuple[Placed, ...], list[str]]
 
 
-def _one(glyphs: list[Glyph], rng: random.Random) -> Composition:
-    """One emoji of half the picture's side at its border or in a corner."""
+def _one(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
+    """One emoji at the picture's border or in a corner."""
     (glyph,) = glyphs
+    half = cells // 2
+    steps = (0, (cells - half) // 2, cells - half)
     place, (column, row) = rng.choice(list(PLACES.items()))
     thing = with_article(glyph.name)
     captions = [f"{thing} {place}", f"{glyph.name} {place}", f"{place}, {thing}"]
-    return (Placed(glyph, 4 * column, 4 * row, 8),), captions
+    return (Placed(glyph, steps[column], steps[row], half),), captions
 
 
-def _two(glyphs: list[Glyph], rng: random.Random) -> Composition:
+def _two(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
     """Two emoji side by side or one above the other."""
     first, second = (with_article(glyph.name) for glyph in glyphs)
-    across = 4 + rng.choice((0, 0, 0, -2, 2))
-    shift = rng.choice((0, 0, 1))
+    half = cells // 2
+    middle = rng.choice(((cells - half) // 2, (cells - half + 1) // 2))
     if rng.random() < 0.6:
-        places = [(shift, across), (9 - shift, across)]
+        places = [(0, middle), (half, middle)]
         captions = [
             f"{first} to the left of {second}",
             f"{first} left of {second}",
@@ -266,19 +268,20 @@ def _two(glyphs: list[Glyph], rng: random.Random) -> Composition:
             f"{first} next to {second}",
         ]
     else:
-        places = [(across, shift), (across, 9 - shift)]
+        places = [(middle, 0), (middle, half)]
         captions = [
             f"{first} above {second}",
             f"{second} below {first}",
             f"{second} under {first}",
             f"{first} at the top and {second} at the bottom",
         ]
-    placed = tuple(Placed(glyph, *place, 7) for glyph, place in zip(glyphs, places, strict=True))
+    placed = tuple(Placed(glyph, *place, half) for glyph, place in zip(glyphs, places, strict=True))
     return placed, [*captions, f"{first} and {second}"]
 
 
-def _three(glyphs: list[Glyph], rng: random.Random) -> Composition:
+def _three(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
     """Three emoji in three quarters of the picture: two side by side, the third above or below one of them."""
+    half = cells // 2
     row = rng.randint(0, 1)
     under = rng.randint(0, 1)
     corners = [(0, row), (1, row), (under, 1 - row)]
@@ -291,5 +294,5 @@ def _three(glyphs: list[Glyph], rng: random.Random) -> Composition:
         ", ".join(f"{with_article(g.name)} in the {PARTS[c]} corner" for g, c in zip(glyphs, corners, strict=True)),
         f"{left}, {right} and {third}",
     ]
-    placed = tuple(Placed(g, 9 * x, 9 * y, 7) for g, (x, y) in zip(glyphs, corners, strict=True))
+    placed = tuple(Placed(g, half * x, half * y, half) for g, (x, y) in zip(glyphs, corners, strict=True))
     return placed, captions
