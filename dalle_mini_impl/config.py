@@ -251,6 +251,8 @@ class SamplingConfig(Section):
     """linear and cosine let the scale rise from 1 at the first token to guidance at the last."""
     guidance_power: Annotated[float, Field(gt=0)] = 1.0
     """cosine rises later in the grid where this is above 1."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of weights and cache while drawing; auto is bf16 where the device computes in it, else fp32."""
 
 
 class Recipe(Section):

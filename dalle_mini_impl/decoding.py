@@ -26,7 +26,7 @@ FixedShapes = Literal["eager", "compile", "graph"] | None
 
 FREE = -1
 """Stands in `known` where a token is to be drawn."""
-_NOISE_BLOCK = 1 << 20  # numbers of noise drawn ahead
+_NOISE_BLOCK = 1 << 17  # numbers of noise drawn ahead: enough to share out over cores, and still in their caches
 
 
 @dataclass(frozen=True)

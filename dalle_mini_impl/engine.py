@@ -2,8 +2,9 @@
 
 Decoding reads one token a picture, so that the work is small and what surrounds it counts. Packing folds the norms'
 weights into the matrices behind them, and query and key norms, rotation and the attention's scale into two tables,
-and keeps everything in one type: about 20 operations a layer instead of 40. `DALLE` itself stays the readable form,
-and a test holds the two equal.
+and keeps everything but the logits in one type: about 20 operations a layer instead of 40. On CPUs, matrices are packed
+for oneDNN (`layers.packed_linear`) and attention runs at memory speed (`layers.bag_attention`). `DALLE` itself stays
+the readable form, and a test holds the two equal.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_mini_impl.dalle import DALLE
-from dalle_mini_impl.layers.attention import KVCache, attend
-from dalle_mini_impl.layers.blocks import Block, squared_relu
+from dalle_mini_impl.layers.attention import KVCache
+from dalle_mini_impl.layers.bag_attention import BagCache, can_use_bags
+from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.layers.packed_linear import PackedLinear
 
 
 @dataclass(frozen=True)
 class _Layer:
     """One block's weights. cos, sin: (L, 2, 1, D), the tables of queries and keys."""
 
-    qkv: Tensor
-    out: Tensor
-    up: Tensor
-    down: Tensor
+    qkv: PackedLinear
+    out: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
     cos: Tensor
     sin: Tensor
     mixes: tuple[Tensor, Tensor] | None
@@ -36,19 +39,24 @@ class _Layer:
 class Engine:
     """A DALLE for decoding only: `prefill` and `extend` as in `DALLE`, on weights that are copied when it is made.
 
-    dtype: of weights, activations and cache; default that of the model. Later changes of the model don't reach it.
+    dtype: of weights, activations and cache; default that of the model. Logits are float32 in any case: guidance
+    enlarges their differences. is_plain: without the CPU's own kernels, in operations that torch.compile can fuse and
+    `step_in_place` needs; default False. Later changes of the model don't reach it.
     """
 
-    def __init__(self, dalle: DALLE, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, dalle: DALLE, dtype: torch.dtype | None = None, *, is_plain: bool = False) -> None:
         self.dalle = dalle
         self.stream = dalle.stream
         self.config = dalle.config
         self.device = dalle.image_head.weight.device
         self.dtype = dtype or dalle.image_head.weight.dtype
+        self.is_plain = is_plain
         self._head_dim = dalle.config.dim // dalle.config.heads
+        self._cache_type = BagCache if can_use_bags(self.device) and not is_plain else KVCache
         with torch.no_grad():
             self._layers = [self._pack(block) for block in dalle.blocks if isinstance(block, Block)]
-            self._head = self._cast(dalle.image_head.weight * dalle.final_norm.weight)
+            head = dalle.image_head.weight * dalle.final_norm.weight
+            self._head = PackedLinear(head.float().contiguous(), is_packed=not is_plain)
             self._image_embedding = self._cast(dalle.image_embedding.weight)
             cells = torch.arange(self.stream.num_image_tokens, device=self.device)
             size = self.stream.grid_size
@@ -56,6 +64,9 @@ class Engine:
 
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.dtype, copy=True).contiguous()
+
+    def _linear(self, weight: Tensor) -> PackedLinear:
+        return PackedLinear(self._cast(weight), is_packed=not self.is_plain)
 
     def _pack(self, block: Block) -> _Layer:
         attention, ffn = block.attention, block.ffn
@@ -66,10 +77,10 @@ class Engine:
             tables.append((torch.cat([first * cos, second * cos], 1), torch.cat([-second * sin, first * sin], 1)))
         shifts = block.attention_shift, block.ffn_shift
         return _Layer(
-            qkv=self._cast(attention.qkv.weight * block.attention_norm.weight),
-            out=self._cast(attention.out.weight),
-            up=self._cast(ffn.up.weight * block.ffn_norm.weight),
-            down=self._cast(ffn.down.weight),
+            qkv=self._linear(attention.qkv.weight * block.attention_norm.weight),
+            out=self._linear(attention.out.weight),
+            up=self._linear(ffn.up.weight * block.ffn_norm.weight),
+            down=self._linear(ffn.down.weight),
             cos=self._cast(torch.stack([table[0] for table in tables], dim=1)[:, :, None]),
             sin=self._cast(torch.stack([table[1] for table in tables], dim=1)[:, :, None]),
             mixes=None if None in shifts else tuple(self._cast(shift.mix) for shift in shifts if shift is not None),  # type: ignore[arg-type]
@@ -80,7 +91,7 @@ class Engine:
         """Reads captions (B, t) of t slots once; logits (B, image_vocab) of image id 0 and the filled cache."""
         self.stream.check_text(text_ids)
         batch, num_slots = text_ids.shape
-        cache = KVCache.allocate(
+        cache = self._cache_type.allocate(
             len(self._layers),
             batch,
             self.config.heads,
@@ -93,7 +104,7 @@ class Engine:
             x = self.dalle.embed(text_ids, text_ids[:, :0]).to(self.dtype)
             hidden = self._trunk(x, self.stream.text_length - num_slots, cache)
             cache.prompt_length = num_slots
-            return F.linear(hidden[:, -1], self._head), cache
+            return self._logits(hidden[:, -1]), cache
 
     @torch.no_grad()
     def extend(self, image_ids: Tensor, cache: KVCache) -> Tensor:
@@ -102,7 +113,7 @@ class Engine:
         with torch.autocast(self.device.type, enabled=False):
             x = self._image_embedding[image_ids] + self._targets[start + 1 : start + 1 + image_ids.shape[1]]
             x = self.dalle.with_view(x, None)
-            return F.linear(self._trunk(x.to(self.dtype), self.stream.text_length + start, cache), self._head)
+            return self._logits(self._trunk(x.to(self.dtype), self.stream.text_length + start, cache))
 
     @torch.no_grad()
     def step_in_place(self, ids: Tensor, cell: Tensor, cache: KVCache) -> Tensor:
@@ -119,23 +130,28 @@ class Engine:
             bias = torch.zeros(cache.capacity, 1, device=self.device, dtype=self.dtype)
             bias = bias.masked_fill(is_later[:, None], -torch.inf)
 
-            def remember(index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-                cache.keys[index].index_copy_(2, place, keys)
-                cache.values[index].index_copy_(2, place, values)
-                return cache.keys[index], cache.values[index]
+            def mix(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                keys, values = cache.keys[index], cache.values[index]
+                keys.index_copy_(2, place, k.transpose(1, 2))
+                values.index_copy_(2, place, v.transpose(1, 2))
+                scores = keys @ q.transpose(1, 2).mT + bias  # (B, H, M, 1)
+                return (scores.softmax(dim=2).mT @ values).transpose(1, 2).flatten(2)
 
             for index, layer in enumerate(self._layers):
                 tables = layer.cos.index_select(0, slot), layer.sin.index_select(0, slot)
-                x = self._block(layer, index, x, tables, cache, remember, bias)
-            return F.linear(self._last_norm(x)[:, 0], self._head)
+                x = self._block(layer, index, x, tables, cache, mix)
+            return self._logits(self._last_norm(x)[:, 0])
 
     def _trunk(self, x: Tensor, slot: int, cache: KVCache) -> Tensor:
         """All layers and the last norm, over x (B, n, dim) whose first token stands in `slot`."""
         for index, layer in enumerate(self._layers):
             slots = slice(slot, slot + x.shape[1])
-            x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.append, None)
+            x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.mix)
         cache.advance(x.shape[1])
         return self._last_norm(x)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._head(hidden.float())
 
     @staticmethod
     def _last_norm(x: Tensor) -> Tensor:
@@ -148,36 +164,29 @@ class Engine:
         x: Tensor,
         tables: tuple[Tensor, Tensor],
         cache: KVCache,
-        remember: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]],
-        bias: Tensor | None,
+        mix: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """One block. remember: takes new keys and values, gives those to attend to. bias: (M, 1), added to scores."""
-        batch, count, dim = x.shape
+        """One block over x (B, n, dim). mix: attention over the cache, as `KVCache.mix`."""
+        batch, count, _ = x.shape
         heads, head_dim = self.config.heads, self._head_dim
-        h = self._norm_and_shift(layer, index, 0, x, cache)
-        qkv = F.linear(h, layer.qkv).view(batch, count, 3, heads, head_dim)
-        qk = F.layer_norm(qkv[:, :, :2], (head_dim,), eps=1e-6)  # (B, n, 2, H, D)
+        qkv = layer.qkv(self._norm_and_shift(layer, index, 0, x, cache)).view(batch, count, 3, heads, head_dim)
+        qk = F.layer_norm(qkv, (head_dim,), eps=1e-6)[:, :, :2]  # with the values: whole, it needs no copy
         qk = torch.addcmul(qk * tables[0], qk.roll(head_dim // 2, dims=-1), tables[1])
-        q, k = qk.transpose(1, 3).unbind(dim=2)  # (B, H, n, D), q scaled already
-        keys, values = remember(index, k, qkv[:, :, 2].transpose(1, 2))
-        if count == 1:
-            scores = keys @ q.mT  # (B, H, M, 1)
-            mixed = (scores if bias is None else scores + bias).softmax(dim=2).mT @ values
-        else:
-            mixed = attend(q * head_dim**0.5, keys, values, None, 0.0, True)
-        x = x + F.linear(mixed.transpose(1, 2).reshape(batch, count, dim), layer.out)
-        hidden = F.linear(self._norm_and_shift(layer, index, 1, x, cache), layer.up)
+        x = layer.out.plus(mix(index, qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]), x)
+        h = self._norm_and_shift(layer, index, 1, x, cache)
         if self.config.ffn == "swiglu":
-            gate, value = hidden.chunk(2, dim=-1)
+            gate, value = layer.up(h).chunk(2, dim=-1)
             hidden = F.silu(gate) * value
         else:
-            hidden = squared_relu(hidden)
-        return x + F.linear(hidden, layer.down)
+            hidden = layer.up.relu(h).square_()
+        return layer.down.plus(hidden, x)
 
     def _norm_and_shift(self, layer: _Layer, index: int, which: int, x: Tensor, cache: KVCache) -> Tensor:
         h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
         if layer.mixes is None:
             return h
-        before = cache.shift(index, which, h)[:, None]
-        previous = before if h.shape[1] == 1 else torch.cat([before, h[:, :-1]], dim=1)
-        return torch.lerp(h, previous, layer.mixes[which])
+        mix = layer.mixes[which]
+        if h.shape[1] == 1:
+            return cache.shift_one(index, which, h, mix)
+        previous = torch.cat([cache.shift(index, which, h)[:, None], h[:, :-1]], dim=1)
+        return torch.lerp(h, previous, mix)

@@ -34,6 +34,9 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(p), -math.inf)
 
 
+_TRIES = 4
+
+
 def filter_logits(logits: Tensor, settings: SamplingConfig) -> Tensor:
     """Temperature, then top-k, top-p and min-p on logits (..., V); a temperature of 0 keeps the likeliest alone."""
     if settings.temperature == 0:
@@ -52,24 +55,31 @@ def choose(logits: Tensor, settings: SamplingConfig, gumbel: Tensor | None) -> T
 def choose_without_sorting(logits: Tensor, settings: SamplingConfig, gumbel: Tensor | None) -> Tensor:
     """What `choose` draws, sooner: (..., V) to (...).
 
-    Sorting for top-p costs more than all the rest. The filtered argmax is the first token, in the order of its noisy
-    logit, that the filter keeps: so take the argmax of all, ask whether what is likelier leaves room for it, and only
-    where it doesn't, take the next. The host waits for each answer, so it is for the CPU. Equally likely tokens at the
-    edge of top-p are all kept, where a sort would have to pick.
+    Sorting for top-k or top-p costs more than all the rest. The filtered argmax is the first token, in the order of
+    its noisy logit, that the filters keep: so take the argmax of all, ask whether what is likelier leaves room for it,
+    and only where it doesn't, take the next; where none is found in a few tries, sort after all. The host waits for
+    each answer, so it is for the CPU. Equally likely tokens at the edge of top-p are all kept, where a sort would have
+    to pick.
     """
-    if settings.temperature == 0 or gumbel is None or settings.top_p >= 1.0:
+    if settings.temperature == 0 or gumbel is None or (settings.top_p >= 1.0 and settings.top_k == 0):
         return choose(logits, settings, gumbel)
-    kept = keep_min_p(keep_top_k(logits / settings.temperature, settings.top_k), settings.min_p)
-    noisy = kept + gumbel
-    probabilities = keep_top_k(logits / settings.temperature, settings.top_k).softmax(dim=-1)
-    while True:
+    scaled = logits / settings.temperature
+    if settings.top_p < 1.0:
+        scaled = keep_top_k(scaled, settings.top_k)
+        weights, limit = scaled.softmax(dim=-1), settings.top_p
+    else:
+        weights, limit = torch.ones_like(scaled), settings.top_k
+    noisy = keep_min_p(scaled, settings.min_p) + gumbel
+    for _ in range(_TRIES):
         drawn = noisy.argmax(dim=-1, keepdim=True)
-        own = probabilities.gather(-1, drawn)
-        likelier = torch.where(probabilities > own, probabilities, 0.0).sum(dim=-1, keepdim=True)
-        out = likelier >= settings.top_p
-        if not out.any():
+        likelier = (weights * (scaled > scaled.gather(-1, drawn))).sum(dim=-1, keepdim=True)
+        is_out = likelier >= limit
+        if not is_out.any():
             return drawn[..., 0]
-        noisy.scatter_(-1, drawn, torch.where(out, -math.inf, noisy.gather(-1, drawn)))
+        noisy.scatter_(-1, drawn, torch.where(is_out, -math.inf, noisy.gather(-1, drawn)))
+    drawn, rows = drawn[..., 0], is_out[..., 0]
+    drawn[rows] = choose(logits[rows], settings, gumbel[rows])
+    return drawn
 
 
 def guidance_scales(settings: SamplingConfig, num_tokens: int) -> list[float]:

@@ -1,8 +1,8 @@
 """Gumbel noise that is a pure function of (seed, prompt, candidate, position): counter-based, so it needs no state.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") in integer torch operations. The
-noise of a token doesn't depend on the batch, on the number of candidates or of processes, or on the device, and the
-global random generators are never touched.
+SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") in integer torch operations: a
+generator for each candidate and position, seeded by hashing. The noise of a token doesn't depend on the batch, on the
+number of candidates or of processes, or on the device, and the global random generators are never touched.
 """
 
 from __future__ import annotations
@@ -14,40 +14,48 @@ from torch import Tensor
 
 from dalle_mini_impl.text import normalize_caption
 
-_WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit word."""
+    return word - (1 << 64) if word >> 63 else word
 
 
-def noise_key(seed: int, prompt: str) -> tuple[int, int]:
-    """The two 32-bit key words of a prompt's noise; prompts that normalise alike have the same key."""
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_BITS = 23
+"""Random bits of each uniform number: what float32 can hold besides the half that keeps it off 0 and 1."""
+
+
+def noise_key(seed: int, prompt: str) -> int:
+    """The 64-bit key, as an int64, of a prompt's noise; prompts that normalise alike have the same key."""
     digest = hashlib.sha256(f"{seed}\0{normalize_caption(prompt)}".encode()).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
-    """Philox4x32-10: four pseudo-random 32-bit words for each counter and key.
+def splitmix64(seeds: Tensor, numbers: Tensor) -> Tensor:
+    """Word `number`, from 0, of the generator that each seed starts: int64, broadcast against each other."""
+    z = seeds + (numbers + 1) * _GAMMA  # integers wrap around
+    for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):
+        z = z.bitwise_xor_(_shifted(z, shift)).mul_(multiplier)
+    return z.bitwise_xor_(_shifted(z, 31))
 
-    counter, key: int64 tensors of 32-bit words, broadcast against each other to (...). Returns (..., 4) int64.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 64 bits; the sign bit is just a bit here
-        c0, c2 = ((product1 >> 32) & _WORD) ^ c1 ^ k0, ((product0 >> 32) & _WORD) ^ c3 ^ k1
-        c1, c3 = product1 & _WORD, product0 & _WORD
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return torch.stack([c0, c1, c2, c3], dim=-1)  # the rounds have broadcast all four
+
+def _shifted(z: Tensor, shift: int) -> Tensor:
+    """z >> shift as if z had no sign."""
+    return (z >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def gumbel_noise(keys: Tensor, candidates: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise (n, L, vocab_size) float32 for positions (L,) int64 of n pictures.
 
-    keys: (n, 2) int64 from `noise_key`. candidates: (n,) int64 candidate numbers in [0, 2³²).
+    keys: (n,) int64 from `noise_key`. candidates: (n,) int64 candidate numbers, at least 0. Each 64-bit word makes
+    two numbers: word i those of ids i and i + ⌈vocab_size / 2⌉.
     """
-    quads = torch.arange(-(-vocab_size // 4), device=keys.device)[None, None]  # (1, 1, V/4)
-    counter = (quads, positions[None, :, None], candidates[:, None, None], torch.zeros_like(quads))
-    words = philox(counter, (keys[:, 0, None, None], keys[:, 1, None, None]))  # (n, L, V/4, 4)
-    uniform = ((words.flatten(2)[..., :vocab_size] >> 9) + 0.5) * 2.0**-23  # in (0, 1), exact in float32
-    return uniform.log_().neg_().log_().neg_()
+    seeds = splitmix64(splitmix64(keys, candidates)[:, None], positions)  # (n, L)
+    half = -(-vocab_size // 2)
+    words = splitmix64(seeds[..., None], torch.arange(half, device=keys.device))  # (n, L, V/2)
+    uniform = torch.empty((*seeds.shape, 2 * half), device=keys.device)
+    for part, shift in zip(uniform.chunk(2, dim=-1), (64 - _BITS, 64 - 2 * _BITS), strict=True):
+        part.copy_((words >> shift).bitwise_and_((1 << _BITS) - 1))
+    uniform.add_(0.5).mul_(2.0**-_BITS)  # in (0, 1), exact in float32
+    return uniform.log_().neg_().log_().neg_()[..., :vocab_size]

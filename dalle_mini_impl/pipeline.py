@@ -23,7 +23,7 @@ from dalle_mini_impl.data.pictures import to_rgb, to_square
 from dalle_mini_impl.editing import keep_first, keep_outside
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
 from dalle_mini_impl.rerank import score_pairs
-from dalle_mini_impl.sampling import sample_rows
+from dalle_mini_impl.sampling import resolve_precision, sample_rows
 from dalle_mini_impl.sheet import to_pil
 from dalle_mini_impl.vae.model import DiscreteVAE
 
@@ -82,13 +82,18 @@ class TextToImage:
         return "log_ratio" if self.bundle.clip is None else "clip_score"
 
     def settings(self, **changes: Any) -> SamplingConfig:
-        """The checkpoint's sampler settings with those changes that aren't None; ValueError for a bad one."""
+        """The checkpoint's sampler settings with those changes that aren't None; ValueError for a bad one.
+
+        A precision of "auto" becomes the one that this device draws in, so that a replay elsewhere draws in it, too.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
         try:
-            return SamplingConfig.model_validate({**self.bundle.recipe.sampling.model_dump(), **given})
+            settings = SamplingConfig.model_validate({**self.bundle.recipe.sampling.model_dump(), **given})
         except ValidationError as error:
             problems = [f"{item['loc'][0]} is {item['input']!r}: {item['msg']}" for item in error.errors()]
             raise ValueError("; ".join(problems)) from None
+        precision = resolve_precision(settings.precision, self.dalle.image_head.weight.device)
+        return settings.model_copy(update={"precision": precision})
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import FREE, Branches, FixedShapes, Noise, Partial, decode
 from dalle_mini_impl.engine import Engine
+from dalle_mini_impl.layers.bag_attention import CHUNK
 from dalle_mini_impl.stream import Stream
 
+Precision = Literal["auto", "fp32", "bf16"]
 Progress = Callable[[int, int], None]
 """Called with the numbers of tokens drawn so far and in all."""
 Rows = Sequence[tuple[int, int]]
@@ -58,15 +61,15 @@ def stream_tokens(
 ) -> Iterator[Partial]:
     """Draws a batch of pictures, yielding after each token, or as they come where several are drawn at a time.
 
-    dalle: the model, or the engine that it has been packed into. text_ids: (P, T) captions that take the same slots,
-    read once each. prompts: their P texts, which key the noise. rows: (prompt index, candidate number) of each
-    picture. known: (n, N) ids of cells that are given, FREE (-1) where they are to be drawn. window: tokens guessed
-    and checked in one pass (Jacobi decoding); default 1, token by token. fixed: see `decoding.decode`; default a CUDA
-    graph on a GPU, which costs less than it saves, and None elsewhere.
+    dalle: the model, or the engine that it has been packed into, whose type then counts and not the settings'.
+    text_ids: (P, T) captions that take the same slots, read once each. prompts: their P texts, which key the noise.
+    rows: (prompt index, candidate number) of each picture. known: (n, N) ids of cells that are given, FREE (-1) where
+    they are to be drawn. window: tokens guessed and checked in one pass (Jacobi decoding); default 1, token by token.
+    fixed: see `decoding.decode`; default a CUDA graph on a GPU, which costs less than it saves, and None elsewhere.
     Raises ValueError for a model in training mode, rows without a prompt, ids that aren't any, or captions of
     different slots (`sample_rows` sorts those).
     """
-    engine = dalle if isinstance(dalle, Engine) else _pack(dalle)
+    engine = dalle if isinstance(dalle, Engine) else _pack(dalle, settings, fixed)
     stream = engine.stream
     _check(stream, text_ids, prompts, rows, known, window)
     if not rows:
@@ -78,6 +81,8 @@ def stream_tokens(
     branches = Branches(engine, groups[0][1], noise.owners)
     if fixed is None and engine.device.type == "cuda":
         fixed = "graph"
+    if fixed is not None and not engine.is_plain:
+        raise ValueError(f"steps of one shape ({fixed}) need an engine made with is_plain=True")
     return decode(branches, noise, settings, known, window or 1, fixed)
 
 
@@ -102,7 +107,7 @@ def sample_rows(
     log-likelihood ratio of the drawn tokens; it is free with guidance and costs one more pass over each picture
     without.
     """
-    engine = _pack(dalle)
+    engine = _pack(dalle, settings, fixed)
     _check(dalle.stream, text_ids, prompts, rows, known, window)
     batch_size = fitting_batch_size(dalle, settings) if batch_size is None else batch_size
     if batch_size < 1:
@@ -166,7 +171,8 @@ def fitting_batch_size(dalle: DALLE, settings: SamplingConfig) -> int:
     """
     config, stream = dalle.config, dalle.stream
     branches = 1 if settings.guidance == 1.0 else 2
-    cache_bytes = 2 * config.layers * config.dim * stream.num_inputs * dalle.image_head.weight.element_size()
+    itemsize = 2 if resolve_precision(settings.precision, dalle.image_head.weight.device) == "bf16" else 4
+    cache_bytes = 2 * config.layers * config.dim * (stream.num_inputs + CHUNK) * itemsize
     logits_bytes = _LOGITS_COPIES * 4 * stream.image_vocab
     row_bytes = branches * (2 * cache_bytes + logits_bytes)
     return int(max(1, min(_MAX_BATCH_SIZE, _MEMORY_SHARE * free_bytes(dalle.image_head.weight.device) // row_bytes)))
@@ -192,10 +198,22 @@ def _micro_batches(stream: Stream, text_ids: Tensor, rows: Rows, batch_size: int
             yield places[first : first + batch_size]
 
 
-def _pack(dalle: DALLE) -> Engine:
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What a device draws in: "auto" is bf16 where it computes in that type, else fp32."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device.type == "cpu" else None
+    return "bf16" if is_supported is not None and is_supported() else "fp32"
+
+
+def _pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes) -> Engine:
     if dalle.training:
         raise ValueError("this DALLE is in training mode: call .eval() before sampling")
-    return Engine(dalle)
+    device = dalle.image_head.weight.device
+    dtype = torch.bfloat16 if resolve_precision(settings.precision, device) == "bf16" else torch.float32
+    return Engine(dalle, dtype, is_plain=fixed is not None or device.type != "cpu")
 
 
 def _check(

@@ -27,7 +27,8 @@ def drawn() -> dict[str, Any]:
     model = TextToImage.from_pretrained(CHECKPOINT)
     facts: dict[str, Any] = {}
     for prompt in TINY_CAPTIONS:
-        pictures = sorted(model(prompt, candidates=2, keep=2, seed=3), key=lambda picture: picture.candidate)
+        ranked = model.draw([prompt], candidates=2, keep=2, seed=3, settings=model.settings(precision="fp32"))[0]
+        pictures = sorted(ranked, key=lambda picture: picture.candidate)
         facts[prompt] = [
             {
                 "tokens": picture.tokens.tolist(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class KVCache:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> KVCache:
+    ) -> Self:
         """An empty cache."""
         shape = (layers, batch, heads, capacity, head_dim)
         return cls(
@@ -53,19 +54,19 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Most tokens it holds."""
-        return self.keys.shape[3]
+        return self.values.shape[3]
 
-    def select(self, rows: Tensor) -> KVCache:
+    def select(self, rows: Tensor) -> Self:
         """A new cache whose row i is row rows[i] of this one; rows (n,) int64, repeats allowed."""
         return replace(
             self, keys=self.keys[:, rows], values=self.values[:, rows], last=self.last[:, :, rows], latest={}
         )
 
-    def expand(self, copies: int) -> KVCache:
+    def expand(self, copies: int) -> Self:
         """A new cache with each row repeated `copies` times in a run: prefill once, draw many candidates."""
         return self.select(torch.arange(self.keys.shape[1], device=self.keys.device).repeat_interleave(copies))
 
-    def beside(self, other: KVCache) -> KVCache:
+    def beside(self, other: KVCache) -> Self:
         """A new cache with this one's rows and then the other's, which holds as many tokens."""
         if (self.length, self.prompt_length) != (other.length, other.prompt_length):
             raise ValueError(f"caches of {self.length} and {other.length} tokens can't be one")
@@ -78,12 +79,38 @@ class KVCache:
 
         `length` itself moves once a step, by `advance`, when every layer has written.
         """
-        end = self.length + keys.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the KV cache holds {self.capacity} tokens; {end} were asked for: allocate more")
+        end = self.check_room(keys.shape[2])
         self.keys[layer, :, :, self.length : end] = keys
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def check_room(self, tokens: int) -> int:
+        """The length with so many tokens more; ValueError where they don't fit."""
+        if self.length + tokens > self.capacity:
+            raise ValueError(
+                f"the KV cache holds {self.capacity} tokens; {self.length + tokens} were asked for: allocate more"
+            )
+        return self.length + tokens
+
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends n tokens and lets them attend to all up to their own; q, k, v (B, n, H, D) to (B, n, H * D).
+
+        q is scaled already.
+        """
+        keys, values = self.append(layer, k.transpose(1, 2), v.transpose(1, 2))
+        q = q.transpose(1, 2)
+        if q.shape[2] == 1:
+            mixed = (keys @ q.mT).softmax(dim=2).mT @ values
+        else:
+            mixed = attend(q * q.shape[-1] ** 0.5, keys, values, None, 0.0, True)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def shift_one(self, layer: int, which: int, x: Tensor, mix: Tensor) -> Tensor:
+        """One token x (B, 1, dim) mixed with the one ahead of it, whose place it takes; mix (dim,)."""
+        before = self.last[layer, which]
+        mixed = torch.lerp(x, before[:, None], mix)
+        before.copy_(x[:, 0])
+        return mixed
 
     def shift(self, layer: int, which: int, x: Tensor) -> Tensor:
         """The token (B, dim) ahead of the new ones x (B, n, dim), whose last one takes its place."""

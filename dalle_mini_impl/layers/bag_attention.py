@@ -1,0 +1,130 @@
+"""Attention of few queries over a long cache, at the speed of the CPU's memory.
+
+One query's attention is two weighted sums of rows: values weighted by probabilities, and, where keys lie with a
+dimension a row, rows of scores weighted by the query's numbers. `F.embedding_bag` is a weighted sum of rows, and its
+CPU kernel runs at memory speed where batched matrix products of one row reach a fifth to a half of it (and the fused
+attention kernel a twentieth): docs/benchmarks.md has the figures. Each sum is computed by itself, so its bits don't
+depend on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_mini_impl.layers.attention import KVCache, attend
+
+CHUNK = 64
+"""Positions a row of keys holds; the last row of a sequence is read whole, however few of them are filled."""
+MAX_QUERIES = 16
+"""With more tokens at once than this, attention is done by matrix products."""
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Rows of the two tables that `count` tokens of each of `batch` sequences read when `end` tokens are filled."""
+
+    batch: int
+    count: int
+    end: int
+    key_rows: Tensor
+    key_bags: Tensor
+    value_rows: Tensor
+    value_bags: Tensor
+    future: Tensor | None
+
+
+@dataclass
+class BagCache(KVCache):
+    """A KVCache whose keys lie in chunks of positions: (layers, B, H, chunks, D, CHUNK)."""
+
+    _places: list[_Places] = field(default_factory=list, repr=False)
+    """The latest, for the other layers of a pass."""
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> BagCache:
+        """An empty cache."""
+        chunks = -(-capacity // CHUNK)
+        return cls(
+            keys=torch.zeros((layers, batch, heads, chunks, head_dim, CHUNK), device=device, dtype=dtype),
+            values=torch.zeros((layers, batch, heads, capacity, head_dim), device=device, dtype=dtype),
+            last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=dtype),
+        )
+
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `KVCache.mix`."""
+        count = q.shape[1]
+        end = self.check_room(count)
+        if count == 1:
+            self.keys[layer, :, :, self.length // CHUNK, :, self.length % CHUNK] = k[:, 0]
+            self.values[layer, :, :, self.length] = v[:, 0]
+        else:
+            positions = torch.arange(self.length, end)
+            self.keys[layer][:, :, positions // CHUNK, :, positions % CHUNK] = k.transpose(0, 1)
+            self.values[layer, :, :, self.length : end] = v.transpose(1, 2)
+        if count > MAX_QUERIES:
+            return self._by_products(layer, q, end)
+        places = self._find_places(end, count)
+        batch, _, heads, head_dim = q.shape
+        chunks = -(-end // CHUNK)
+        weights = q[:, :, :, None].expand(batch, count, heads, chunks, head_dim).reshape(-1)
+        scores = F.embedding_bag(
+            places.key_rows, self.keys[layer].view(-1, CHUNK), places.key_bags, mode="sum", per_sample_weights=weights
+        ).view(batch, count, heads, chunks * CHUNK)[..., :end]
+        if places.future is not None:
+            scores = scores + places.future
+        shares = scores.softmax(dim=-1).reshape(-1)
+        return F.embedding_bag(
+            places.value_rows,
+            self.values[layer].view(-1, head_dim),
+            places.value_bags,
+            mode="sum",
+            per_sample_weights=shares,
+        ).view(batch, count, heads * head_dim)
+
+    def _by_products(self, layer: int, q: Tensor, end: int) -> Tensor:
+        keys = self.keys[layer].transpose(3, 4).flatten(2, 3)[:, :, :end]  # (B, H, M, D)
+        scaled = q.transpose(1, 2) * q.shape[-1] ** 0.5
+        return attend(scaled, keys, self.values[layer, :, :, :end], None, 0.0, True).transpose(1, 2).flatten(2)
+
+    def _find_places(self, end: int, count: int) -> _Places:
+        """The rows to read when `end` tokens are filled, the same for every layer of a pass."""
+        _, batch, heads, capacity, head_dim = self.values.shape
+        before = self._places[0] if self._places else None
+        if before is not None and (before.batch, before.count) != (batch, count):
+            before = None
+        if before is not None and before.end == end:
+            return before
+        held, used = self.keys.shape[3], -(-end // CHUNK)
+        sequences = torch.arange(batch * heads, dtype=torch.int32).view(batch, 1, heads, 1).expand(-1, count, -1, -1)
+        if before is not None and -(-before.end // CHUNK) == used:
+            key_rows, key_bags = before.key_rows, before.key_bags
+        else:
+            key_rows = (sequences * (held * head_dim) + torch.arange(used * head_dim, dtype=torch.int32)).flatten()
+            key_bags = torch.arange(0, len(key_rows), head_dim, dtype=torch.int32)
+        value_rows = (sequences * capacity + torch.arange(end, dtype=torch.int32)).flatten()
+        value_bags = torch.arange(0, len(value_rows), end, dtype=torch.int32)
+        future = None
+        if count > 1:
+            mask = torch.full((count, end), -torch.inf, dtype=self.keys.dtype).triu(1 + end - count)
+            future = mask[:, None]  # (n, 1, M)
+        self._places[:] = [_Places(batch, count, end, key_rows, key_bags, value_rows, value_bags, future)]
+        return self._places[0]
+
+
+def can_use_bags(device: torch.device) -> bool:
+    """Whether a device has the fast kernel: x86 CPUs, through PyTorch's FBGEMM."""
+    return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
