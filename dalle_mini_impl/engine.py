@@ -155,7 +155,7 @@ class Engine:
 
     @staticmethod
     def _last_norm(x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return torch.layer_norm(x, x.shape[-1:], eps=1e-6)
 
     def _block(
         self,
@@ -170,7 +170,7 @@ class Engine:
         batch, count, _ = x.shape
         heads, head_dim = self.config.heads, self._head_dim
         qkv = layer.qkv(self._norm_and_shift(layer, index, 0, x, cache)).view(batch, count, 3, heads, head_dim)
-        qk = F.layer_norm(qkv, (head_dim,), eps=1e-6)[:, :, :2]  # with the values: whole, it needs no copy
+        qk = torch.layer_norm(qkv, (head_dim,), eps=1e-6)[:, :, :2]  # with the values: whole, it needs no copy
         qk = torch.addcmul(qk * tables[0], qk.roll(head_dim // 2, dims=-1), tables[1])
         x = layer.out.plus(mix(index, qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]), x)
         h = self._norm_and_shift(layer, index, 1, x, cache)
@@ -182,7 +182,7 @@ class Engine:
         return layer.down.plus(hidden, x)
 
     def _norm_and_shift(self, layer: _Layer, index: int, which: int, x: Tensor, cache: KVCache) -> Tensor:
-        h = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        h = torch.layer_norm(x, x.shape[-1:], eps=1e-6)
         if layer.mixes is None:
             return h
         mix = layer.mixes[which]

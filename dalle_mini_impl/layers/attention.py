@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -58,21 +58,39 @@ class KVCache:
 
     def select(self, rows: Tensor) -> Self:
         """A new cache whose row i is row rows[i] of this one; rows (n,) int64, repeats allowed."""
-        return replace(
-            self, keys=self.keys[:, rows], values=self.values[:, rows], last=self.last[:, :, rows], latest={}
-        )
+        chosen = self._emptied(len(rows))
+        for (ours, dim), (theirs, _) in zip(chosen._filled(), self._filled(), strict=True):
+            ours.copy_(theirs.index_select(dim, rows))
+        return chosen
 
     def expand(self, copies: int) -> Self:
         """A new cache with each row repeated `copies` times in a run: prefill once, draw many candidates."""
-        return self.select(torch.arange(self.keys.shape[1], device=self.keys.device).repeat_interleave(copies))
+        return self.select(torch.arange(self.values.shape[1], device=self.values.device).repeat_interleave(copies))
 
     def beside(self, other: KVCache) -> Self:
         """A new cache with this one's rows and then the other's, which holds as many tokens."""
         if (self.length, self.prompt_length) != (other.length, other.prompt_length):
             raise ValueError(f"caches of {self.length} and {other.length} tokens can't be one")
-        parts = ((self.keys, other.keys), (self.values, other.values), (self.last, other.last))
-        keys, values, last = (torch.cat(pair, dim=dim) for pair, dim in zip(parts, (1, 1, 2), strict=True))
-        return replace(self, keys=keys, values=values, last=last, latest={})
+        num_rows, num_others = self.values.shape[1], other.values.shape[1]
+        both = self._emptied(num_rows + num_others)
+        for (ours, dim), (first, _), (second, _) in zip(both._filled(), self._filled(), other._filled(), strict=True):
+            ours.narrow(dim, 0, num_rows).copy_(first)
+            ours.narrow(dim, num_rows, num_others).copy_(second)
+        return both
+
+    def _emptied(self, batch: int) -> Self:
+        """A cache for so many rows, as long as this one, whose numbers are still to be copied."""
+        layers, _, heads, capacity, head_dim = self.values.shape
+        cache = self.allocate(
+            layers, batch, heads, capacity, head_dim, device=self.values.device, dtype=self.values.dtype
+        )
+        cache.length, cache.prompt_length = self.length, self.prompt_length
+        return cache
+
+    def _filled(self) -> list[tuple[Tensor, int]]:
+        """What has been written, as views, each with the dimension that its rows are counted in."""
+        filled = slice(0, self.length)
+        return [(self.keys[:, :, :, filled], 1), (self.values[:, :, :, filled], 1), (self.last, 2)]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, H, n, D) keys and values behind the filled length; returns all keys and values of the layer.

@@ -10,14 +10,14 @@ depend on what else is in the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_mini_impl.layers.attention import KVCache, attend
 
-CHUNK = 64
+CHUNK = 96
 """Positions a row of keys holds; the last row of a sequence is read whole, however few of them are filled."""
 MAX_QUERIES = 16
 """With more tokens at once than this, attention is done by matrix products."""
@@ -56,11 +56,11 @@ class BagCache(KVCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> BagCache:
-        """An empty cache."""
+        """An empty cache, whose memory is only touched where it is filled."""
         chunks = -(-capacity // CHUNK)
         return cls(
-            keys=torch.zeros((layers, batch, heads, chunks, head_dim, CHUNK), device=device, dtype=dtype),
-            values=torch.zeros((layers, batch, heads, capacity, head_dim), device=device, dtype=dtype),
+            keys=torch.empty((layers, batch, heads, chunks, head_dim, CHUNK), device=device, dtype=dtype),
+            values=torch.empty((layers, batch, heads, capacity, head_dim), device=device, dtype=dtype),
             last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=dtype),
         )
 
@@ -68,9 +68,12 @@ class BagCache(KVCache):
         """See `KVCache.mix`."""
         count = q.shape[1]
         end = self.check_room(count)
+        batch, _, heads, head_dim = q.shape
+        key_table, value_table = self._tables[layer]
         if count == 1:
-            self.keys[layer, :, :, self.length // CHUNK, :, self.length % CHUNK] = k[:, 0]
-            self.values[layer, :, :, self.length] = v[:, 0]
+            key_rows = key_table.view(batch, heads, -1, head_dim, CHUNK)
+            key_rows[:, :, self.length // CHUNK, :, self.length % CHUNK] = k[:, 0]
+            value_table.view(batch, heads, -1, head_dim)[:, :, self.length] = v[:, 0]
         else:
             positions = torch.arange(self.length, end)
             self.keys[layer][:, :, positions // CHUNK, :, positions % CHUNK] = k.transpose(0, 1)
@@ -78,22 +81,25 @@ class BagCache(KVCache):
         if count > MAX_QUERIES:
             return self._by_products(layer, q, end)
         places = self._find_places(end, count)
-        batch, _, heads, head_dim = q.shape
         chunks = -(-end // CHUNK)
-        weights = q[:, :, :, None].expand(batch, count, heads, chunks, head_dim).reshape(-1)
-        scores = F.embedding_bag(
-            places.key_rows, self.keys[layer].view(-1, CHUNK), places.key_bags, mode="sum", per_sample_weights=weights
-        ).view(batch, count, heads, chunks * CHUNK)[..., :end]
+        weights = q[:, :, :, None].expand(-1, -1, -1, chunks, -1).reshape(-1)
+        scores = _weighted_sums(key_table, places.key_rows, places.key_bags, weights)
+        scores = scores.view(batch, count, heads, chunks * CHUNK)[..., :end]
         if places.future is not None:
             scores = scores + places.future
-        shares = scores.softmax(dim=-1).reshape(-1)
-        return F.embedding_bag(
-            places.value_rows,
-            self.values[layer].view(-1, head_dim),
-            places.value_bags,
-            mode="sum",
-            per_sample_weights=shares,
-        ).view(batch, count, heads * head_dim)
+        shares = scores.softmax(dim=-1).view(-1)
+        mixed = _weighted_sums(value_table, places.value_rows, places.value_bags, shares)
+        return mixed.view(batch, count, heads * head_dim)
+
+    @cached_property
+    def _tables(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer as rows of a table."""
+        width = self.values.shape[-1]
+        return [(k.view(-1, CHUNK), v.view(-1, width)) for k, v in zip(self.keys, self.values, strict=True)]
+
+    def _filled(self) -> list[tuple[Tensor, int]]:
+        _, values, last = super()._filled()
+        return [(self.keys[:, :, :, : -(-self.length // CHUNK)], 1), values, last]
 
     def _by_products(self, layer: int, q: Tensor, end: int) -> Tensor:
         keys = self.keys[layer].transpose(3, 4).flatten(2, 3)[:, :, :end]  # (B, H, M, D)
@@ -123,6 +129,11 @@ class BagCache(KVCache):
             future = mask[:, None]  # (n, 1, M)
         self._places[:] = [_Places(batch, count, end, key_rows, key_bags, value_rows, value_bags, future)]
         return self._places[0]
+
+
+def _weighted_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """For each bag the sum of its rows of the table, weighted; `F.embedding_bag` without its checks."""
+    return torch.embedding_bag(table, rows, bags, False, 0, False, weights)[0]
 
 
 def can_use_bags(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ class PackedLinear:
         self._packed: Any = None
         if is_packed and can_pack(weight.device):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+            self._product, self._sum = _kernels()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x Wᵀ."""
@@ -40,15 +41,21 @@ class PackedLinear:
         """x Wᵀ + other; other (..., N)."""
         if self._packed is None:
             return other + F.linear(x, self.weight)
-        total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, None, "add")
+        total: Tensor = self._sum(x, other, self._packed, None, "add")
         return total
 
     def _run(self, x: Tensor, then: str) -> Tensor:
         if self._packed is None:
             y = F.linear(x, self.weight)
             return F.relu(y) if then == "relu" else y
-        packed: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, None, then, [], "")
-        return packed
+        product: Tensor = self._product(x, self._packed, None, then, [], "")
+        return product
+
+
+def _kernels() -> tuple[Any, Any]:
+    """oneDNN's products of a packed weight: one alone, one that adds another operand."""
+    overloads = torch.ops.mkldnn._linear_pointwise
+    return overloads.default._op, overloads.binary._op  # past Python's dispatch, which takes as long as a small product
 
 
 def can_pack(device: torch.device) -> bool:
