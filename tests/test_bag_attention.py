@@ -57,7 +57,10 @@ def test_the_bits_of_a_row_are_those_it_has_alone(dtype: torch.dtype) -> None:
 
 
 def test_several_queries_get_the_bits_of_one_by_one() -> None:
+    """Even where the first of them end a chunk and the others begin one."""
     _, several = _caches(2, torch.bfloat16)
+    several.mix(0, *_tokens(2, CHUNK - 3, 1, torch.bfloat16))
+    several.advance(CHUNK - 3)
     one_by_one = several.select(torch.arange(2))
     q, k, v = _tokens(2, 6, 0, torch.bfloat16)
     mixed = several.mix(0, q, k, v)

@@ -26,6 +26,8 @@ from dalle_mini_impl.filters import (
     keep_top_k,
     keep_top_p,
 )
+from dalle_mini_impl.layers.bag_attention import can_use_bags
+from dalle_mini_impl.layers.packed_linear import can_pack
 from dalle_mini_impl.noise import gumbel_noise, noise_key, splitmix64
 from dalle_mini_impl.pretrained import Bundle
 from dalle_mini_impl.sampling import (
@@ -321,7 +323,7 @@ def test_guidance_doesnt_fade_after_the_first_token(
     dalle: DALLE, text: Tensor, passes: list[tuple[int, int, Tensor]]
 ) -> None:
     given = text.clone()
-    sample_tokens(dalle, given, range(2), seed=0, prompt=PROMPT, settings=GUIDED)
+    sample_tokens(dalle, given, range(2), seed=0, prompt=PROMPT, settings=GUIDED, window=1)
     differences = [(logits[:2] - logits[2:]).abs().max().item() for _, _, logits in passes]
     assert len(differences) == dalle.stream.num_image_tokens - 1
     assert min(differences) > 0.01
@@ -333,7 +335,7 @@ def test_several_tokens_at_a_time_take_fewer_passes(
 ) -> None:
     """A greedy picture settles into repeats, which are easy to guess."""
     greedy = SamplingConfig(temperature=0.0, guidance=1.0, precision="fp32")
-    one = sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=greedy, log_ratio=False)
+    one = sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=greedy, log_ratio=False, window=1)
     num_single = len(passes)
     passes.clear()
     many = sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=greedy, log_ratio=False, window=8)
@@ -386,15 +388,30 @@ def test_the_ratio_of_the_guidance_passes_is_that_of_whole_passes(dalle: DALLE, 
     assert sample_tokens(dalle, text, [0], seed=0, prompt=PROMPT, settings=UNGUIDED, log_ratio=False).log_ratio is None
 
 
-def test_the_stream_yields_growing_prefixes(dalle: DALLE, text: Tensor) -> None:
-    whole = sample_tokens(dalle, text, range(2), seed=0, prompt=PROMPT, settings=GUIDED).ids
-    steps = 0
-    for partial in stream_tokens(dalle, text[None], [PROMPT], [(0, 0), (0, 1)], seed=0, settings=GUIDED):
-        steps += 1
+@pytest.mark.parametrize("num_rows", [2, 3])
+def test_the_stream_yields_growing_prefixes(dalle: DALLE, text: Tensor, num_rows: int) -> None:
+    """One token longer each, or, for one or two pictures, several."""
+    rows = every_row(1, range(num_rows))
+    whole = sample_tokens(dalle, text, range(num_rows), seed=0, prompt=PROMPT, settings=GUIDED).ids
+    drawn = 0
+    for partial in stream_tokens(dalle, text[None], [PROMPT], rows, seed=0, settings=GUIDED):
+        assert partial.index > drawn if num_rows == 2 else partial.index == drawn + 1
+        drawn = partial.index
         assert torch.is_grad_enabled(), "the sampler turned off the caller's gradients"
-        assert partial.index == steps
-        assert torch.equal(partial.ids, whole[:, :steps])
-    assert steps == dalle.stream.num_image_tokens
+        assert torch.equal(partial.ids, whole[:, :drawn])
+    assert drawn == dalle.stream.num_image_tokens
+
+
+@pytest.mark.parametrize("settings", [GUIDED_BF16, UNGUIDED_BF16], ids=["guided", "unguided"])
+def test_in_bf16_too_guessing_changes_no_bit(dalle: DALLE, text: Tensor, settings: SamplingConfig) -> None:
+    """On CPUs with the kernels that give each row its own bits; tokens may differ where PyTorch lacks them."""
+    if not (can_pack(torch.device("cpu")) and can_use_bags(torch.device("cpu"))):
+        pytest.skip("this build of PyTorch lacks the kernels")
+    single, several = (
+        sample_tokens(dalle, text, range(3), seed=0, prompt=PROMPT, settings=settings, window=window)
+        for window in (1, 5)
+    )
+    assert torch.equal(single.ids, several.ids)
 
 
 def test_sampling_leaves_the_global_generators_alone(dalle: DALLE, text: Tensor) -> None:

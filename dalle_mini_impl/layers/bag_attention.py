@@ -34,7 +34,7 @@ class _Places:
     key_bags: Tensor
     value_rows: Tensor
     value_bags: Tensor
-    future: Tensor | None
+    unseen: Tensor
 
 
 @dataclass
@@ -84,10 +84,8 @@ class BagCache(KVCache):
         chunks = -(-end // CHUNK)
         weights = q[:, :, :, None].expand(-1, -1, -1, chunks, -1).reshape(-1)
         scores = _weighted_sums(key_table, places.key_rows, places.key_bags, weights)
-        scores = scores.view(batch, count, heads, chunks * CHUNK)[..., :end]
-        if places.future is not None:
-            scores = scores + places.future
-        shares = scores.softmax(dim=-1).view(-1)
+        scores = scores.view(batch, count, heads, chunks * CHUNK).masked_fill_(places.unseen, -torch.inf)
+        shares = scores.softmax(dim=-1)[..., :end].reshape(-1)  # whole chunks: a sum's bits depend on its length
         mixed = _weighted_sums(value_table, places.value_rows, places.value_bags, shares)
         return mixed.view(batch, count, heads * head_dim)
 
@@ -123,11 +121,8 @@ class BagCache(KVCache):
             key_bags = torch.arange(0, len(key_rows), head_dim, dtype=torch.int32)
         value_rows = (sequences * capacity + torch.arange(end, dtype=torch.int32)).flatten()
         value_bags = torch.arange(0, len(value_rows), end, dtype=torch.int32)
-        future = None
-        if count > 1:
-            mask = torch.full((count, end), -torch.inf, dtype=self.keys.dtype).triu(1 + end - count)
-            future = mask[:, None]  # (n, 1, M)
-        self._places[:] = [_Places(batch, count, end, key_rows, key_bags, value_rows, value_bags, future)]
+        unseen = torch.ones((count, used * CHUNK), dtype=torch.bool).triu(1 + end - count)[:, None]
+        self._places[:] = [_Places(batch, count, end, key_rows, key_bags, value_rows, value_bags, unseen)]
         return self._places[0]
 
 
