@@ -112,6 +112,14 @@ class CLIP(nn.Module):
         """Unit vectors of B pictures (B, E) and of M captions (M, E)."""
         return self.encode_image(images), self.encode_text(text_ids)
 
+    @property
+    def scale(self) -> float:
+        """What a cosine is multiplied by to be a log-likelihood, but for a constant."""
+        return float(self._scale().detach())
+
+    def _scale(self) -> Tensor:
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
     def contrast(self, image_vectors: Tensor, text_vectors: Tensor, image_keys: Tensor, text_keys: Tensor) -> Tensor:
         """The contrastive loss of unit vectors (B, E) and (M, E), M ≥ B, a 0-d mean.
 
@@ -120,7 +128,7 @@ class CLIP(nn.Module):
         the pictures. Texts beyond those are hard negatives: pictures are compared with them, too, but not they with
         the pictures.
         """
-        logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image_vectors @ text_vectors.t()  # (B, M)
+        logits = self._scale() * image_vectors @ text_vectors.t()  # (B, M)
         positive = image_keys[:, None] == text_keys[None, :]
         if self.logit_bias is not None:
             signs = positive.to(logits.dtype) * 2 - 1

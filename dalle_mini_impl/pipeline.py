@@ -27,6 +27,7 @@ from dalle_mini_impl.sampling import resolve_precision, sample_rows
 from dalle_mini_impl.sheet import to_pil
 from dalle_mini_impl.vae.model import DiscreteVAE
 
+RankedBy = Literal["clip_score", "read_score", "clip_score + read_score", "log_ratio"]
 Progress = Callable[[int, int], None]
 """Called with the numbers of image tokens drawn so far and in all."""
 
@@ -41,7 +42,7 @@ class RankedPicture:
     rank: 1 is the best of its prompt, 0 means not ranked. candidate: its number, which with prompt, seed and settings
     fixes its tokens. clip_score: cosine similarity with the prompt, None without a CLIP. log_ratio:
     Σ log p(x|prompt) - log p(x|null). read_score: log p(prompt|picture) in nats, None where DALL·E doesn't read.
-    tokens: image ids (N,) int64.
+    score: what it is ranked by, see `TextToImage.ranked_by`. tokens: image ids (N,) int64.
     """
 
     image: Image.Image
@@ -52,6 +53,7 @@ class RankedPicture:
     clip_score: float | None
     log_ratio: float
     read_score: float | None
+    score: float
     tokens: Tensor
 
 
@@ -77,9 +79,15 @@ class TextToImage:
         return save_bundle(self.bundle, folder, storage=storage)
 
     @property
-    def ranked_by(self) -> Literal["clip_score", "log_ratio"]:
-        """The score that decides the rank."""
-        return "log_ratio" if self.bundle.clip is None else "clip_score"
+    def ranked_by(self) -> RankedBy:
+        """The score that decides the rank: what the checkpoint has of CLIP's and of DALL·E's reading, else log_ratio.
+
+        Where it has both they are added as log-likelihoods of the prompt, CLIP's being its scaled cosine: neither is
+        wrong where the other one is.
+        """
+        if self.dalle.reading is None:
+            return "log_ratio" if self.bundle.clip is None else "clip_score"
+        return "read_score" if self.bundle.clip is None else "clip_score + read_score"
 
     def settings(self, **changes: Any) -> SamplingConfig:
         """The checkpoint's sampler settings with those changes that aren't None; ValueError for a bad one.
@@ -200,8 +208,9 @@ class TextToImage:
         for first in range(0, len(jobs), _DECODE_BATCH):
             part = slice(first, first + _DECODE_BATCH)
             images = self.decode(samples.ids[part])
-            scores = self._clip_scores(images, [prompts[prompt] for prompt, _ in jobs[part]])
+            clip = self._clip_scores(images, [prompts[prompt] for prompt, _ in jobs[part]])
             read = self._read_scores(samples.ids[part], text_ids[[prompt for prompt, _ in jobs[part]]])
+            ratios = samples.log_ratio[part].tolist()
             for index, image in enumerate(to_pil(images)):
                 prompt, candidate = jobs[first + index]
                 pictures.append(
@@ -211,9 +220,10 @@ class TextToImage:
                         rank=0,
                         candidate=candidate,
                         seed=seed,
-                        clip_score=scores[index],
-                        log_ratio=float(samples.log_ratio[first + index]),
+                        clip_score=clip[index],
+                        log_ratio=ratios[index],
                         read_score=read[index],
+                        score=self._score(clip[index], read[index], ratios[index]),
                         tokens=samples.ids[first + index],
                     )
                 )
@@ -223,6 +233,11 @@ class TextToImage:
     def decode(self, ids: Tensor) -> Tensor:
         """Pictures (n, 3, S, S) in [0, 1] from image ids (n, N), all at once."""
         return self.vae.decode(ids.to(next(self.vae.parameters()).device))
+
+    def _score(self, clip_score: float | None, read_score: float | None, log_ratio: float) -> float:
+        if clip_score is None or self.bundle.clip is None:
+            return log_ratio if read_score is None else read_score
+        return clip_score if read_score is None else self.bundle.clip.scale * clip_score + read_score
 
     def _clip_scores(self, images: Tensor, prompts: Sequence[str]) -> list[float] | list[None]:
         if self.bundle.clip is None:
@@ -251,14 +266,9 @@ def check_counts(candidates: int, keep: int | None) -> int:
 
 
 def rank(pictures: Sequence[RankedPicture], keep: int) -> list[RankedPicture]:
-    """The best `keep` of one prompt's pictures, best first: by CLIP, or by log_ratio where there is no CLIP.
+    """The best `keep` of one prompt's pictures by `score`, best first.
 
     Equal scores go by candidate number, so the ranking doesn't depend on the order of the pictures.
     """
-
-    def best_first(picture: RankedPicture) -> tuple[float, int]:
-        score = picture.log_ratio if picture.clip_score is None else picture.clip_score
-        return -score, picture.candidate
-
-    ordered = sorted(pictures, key=best_first)[:keep]
+    ordered = sorted(pictures, key=lambda picture: (-picture.score, picture.candidate))[:keep]
     return [replace(picture, rank=place) for place, picture in enumerate(ordered, start=1)]

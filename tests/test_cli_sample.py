@@ -52,7 +52,9 @@ def test_every_kept_picture_is_a_png_with_its_settings(drawn: Path) -> None:
     results = _results(drawn)
     assert [(line["prompt"], line["rank"]) for line in results] == [(p, rank) for p in PROMPTS for rank in (1, 2)]
     for line in results:
-        assert set(line) == {"prompt", "rank", "candidate", "seed", "file", "clip_score", "log_ratio", "read_score"}
+        assert set(line) == {
+            "prompt", "rank", "score", "candidate", "seed", "file", "clip_score", "log_ratio", "read_score"
+        }  # fmt: skip
         assert Path(line["file"]).name == line["file"]
         metadata = read_metadata(drawn / line["file"])
         assert line.items() <= metadata.items()
@@ -135,7 +137,8 @@ def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_pa
     assert "by 2 processes" in done.stdout
     expected, found = _results(drawn), _results(tmp_path)
     for theirs, ours in zip(expected, found, strict=True):
-        assert {**theirs, "clip_score": 0, "log_ratio": 0} == {**ours, "clip_score": 0, "log_ratio": 0}
+        scores = {"score": 0, "clip_score": 0, "log_ratio": 0}
+        assert {**theirs, **scores} == {**ours, **scores}
         assert ours["clip_score"] == pytest.approx(theirs["clip_score"], abs=1e-5)
         tokens = [read_metadata(folder / theirs["file"])["tokens"] for folder in (drawn, tmp_path)]
         assert tokens[0] == tokens[1]
@@ -273,3 +276,14 @@ def test_rerank_explains_what_it_cant_do(
     assert _run("rerank", "--checkpoint", checkpoint, *options) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_precision_that_was_drawn_in_is_written_down(checkpoint: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        out = tmp_path / precision
+        options = ("--prompt", PROMPTS[0], "--candidates", 1, "--precision", precision)
+        assert _run("sample", "--checkpoint", checkpoint, "--out", out, *options) == 0
+        (line,) = _results(out)
+        assert read_metadata(out / line["file"])["settings"]["precision"] == precision
+        assert _run("replay", out / line["file"], "--checkpoint", checkpoint) == 0
+    assert _run("sample", "--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--precision", "fp8") == 2

@@ -54,8 +54,22 @@ def test_without_clip_the_likelihood_ratio_ranks() -> None:
     assert {picture.clip_score for picture in pictures} == {None}
 
 
+def test_reading_ranks_beside_clip_or_alone() -> None:
+    reader = tiny_bundle("dalle.reading_share=0.2")
+    both, alone = TextToImage(reader), TextToImage(dataclasses.replace(reader, clip=None))
+    assert (both.ranked_by, alone.ranked_by) == ("clip_score + read_score", "read_score")
+    assert reader.clip is not None
+    for model, weight in ((both, reader.clip.scale), (alone, 0.0)):
+        pictures = model(PROMPT, candidates=6, keep=6)
+        for picture in pictures:
+            assert picture.read_score is not None
+            expected = weight * (picture.clip_score or 0.0) + picture.read_score
+            assert picture.score == pytest.approx(expected, abs=1e-4)
+        assert [picture.score for picture in pictures] == sorted((p.score for p in pictures), reverse=True)
+
+
 def test_equal_scores_dont_depend_on_the_order(model: TextToImage) -> None:
-    pictures = [dataclasses.replace(picture, clip_score=0.5) for picture in model(PROMPT, candidates=5, keep=5)]
+    pictures = [dataclasses.replace(picture, score=0.5) for picture in model(PROMPT, candidates=5, keep=5)]
     assert [picture.candidate for picture in rank(pictures[::-1], 3)] == [0, 1, 2]
 
 

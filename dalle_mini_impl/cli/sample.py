@@ -39,6 +39,9 @@ def sample(
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0 is all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that add up to this.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest's chance.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, or auto: bf16 where the device computes in it.")
+    ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="A picture to vary; its own prompt is the default.")
     ] = None,
@@ -67,7 +70,9 @@ def sample(
     number = check_counts(candidates, number)
     state = process_state()
     model = TextToImage.from_pretrained(checkpoint, state.device)
-    settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    settings = model.settings(
+        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, precision=precision
+    )
     known = None if origin is None else origin.known(model, share, mask)
     if state.is_main_process:
         _warn_of_cuts(model, texts)
@@ -187,6 +192,7 @@ def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[
     facts = {
         "prompt": picture.prompt,
         "rank": picture.rank,
+        "score": picture.score,
         "candidate": picture.candidate,
         "seed": picture.seed,
         "file": file,
@@ -205,9 +211,7 @@ def _sheet_path(out: Path, last_prompt: int) -> Path:
 
 
 def _label(picture: RankedPicture) -> str:
-    if picture.clip_score is None:
-        return f"{picture.log_ratio:.1f}  #{picture.candidate}"
-    return f"{picture.clip_score:.3f}  #{picture.candidate}"
+    return f"{picture.score:.3f}  #{picture.candidate}"
 
 
 def _warn_of_cuts(model: TextToImage, prompts: Sequence[str]) -> None:
