@@ -56,7 +56,9 @@ def test_a_run_writes_table_json_and_plot(
     names = [result["name"] for result in facts["results"]]
     assert len(names) == 4 * 2 + 1 + 2
     assert names.count("ours, float32") == names.count("a peer") == 2
-    assert facts["results"][0]["tokens_per_sec"] == pytest.approx(4 / 0.5)
+    tokens = {(result["name"], result["batch"]): result["tokens_per_sec"] for result in facts["results"]}
+    assert tokens["ours, bfloat16", 1] == pytest.approx(4 / 0.5)
+    assert facts["ratios"]["a peer"] == {"1": pytest.approx(2.0), "2": pytest.approx(2.0)}
     assert (tmp_path / "bench-sample.png").stat().st_size > 1000
     assert "of the roofline" in capsys.readouterr().out
 

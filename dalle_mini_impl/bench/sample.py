@@ -67,34 +67,47 @@ def least_seconds(shape: Shape, machine: Machine, pictures: int, guided: bool, d
 
 
 def run(shape: Shape, machine: Machine, device: torch.device, batches: Sequence[int]) -> Iterator[Result]:
-    """Measures every contestant at every batch size, ours first; yields as it goes."""
+    """Measures every contestant at every batch size, side by side for each size; yields as it goes."""
     dalle = build(shape, device)
     text = torch.randint(10, shape.text_vocab, (1, shape.text_length), device=device)
+    start = time.perf_counter()
+    _reference(dalle, text)
+    synchronize(device)
+    yield _result(shape, "our slow reference", REFERENCE_BATCH, time.perf_counter() - start, None)
     ours: dict[str, tuple[Draw, torch.dtype, bool]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
+    for dtype in (torch.bfloat16, torch.float32):
+        engine = Engine(dalle, dtype, is_plain=device.type != "cpu")
         for guided in (True, False):
             settings = SETTINGS if guided else SETTINGS.model_copy(update={"guidance": 1.0})
-            draw = _engine(Engine(dalle, dtype), text, settings)
-            ours[f"ours, {name}{'' if guided else ', no guidance'}"] = draw, dtype, guided
+            name = str(dtype).removeprefix("torch.") + ("" if guided else ", no guidance")
+            ours[f"ours, {name}"] = _engine(engine, text, settings), dtype, guided
+    theirs = peers(shape, device, torch.bfloat16)
     for batch in batches:
         for name, (draw, dtype, guided) in ours.items():
             seconds = best_sec(partial(draw, batch), device, _BEST_OF_SEC)
             least = least_seconds(shape, machine, batch, guided, dtype)
             yield _result(shape, name, batch, seconds, least / seconds)
-    start = time.perf_counter()
-    _reference(dalle, text)
-    synchronize(device)
-    yield _result(shape, "our slow reference", REFERENCE_BATCH, time.perf_counter() - start, None)
-    for name, draw in peers(shape, device, torch.bfloat16).items():
-        for batch in batches:
+        for name, draw in theirs.items():
             yield _result(shape, name, batch, best_sec(partial(draw, batch), device), None)
+
+
+def ratios(results: Sequence[Result]) -> dict[str, dict[int, float]]:
+    """How many times as many tokens a second ours (the faster type, guided) draws as each peer, by batch size."""
+    best: dict[int, float] = {}
+    for result in results:
+        if result.roofline is not None and "no guidance" not in result.name:
+            best[result.batch] = max(best.get(result.batch, 0.0), result.tokens_per_sec)
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        if result.roofline is None and result.batch in best:
+            found.setdefault(result.name, {})[result.batch] = best[result.batch] / result.tokens_per_sec
+    return found
 
 
 def _engine(engine: Engine, text: torch.Tensor, settings: SamplingConfig) -> Draw:
     def draw(pictures: int) -> object:
         rows = [(0, candidate) for candidate in range(pictures)]
-        *_, last = stream_tokens(engine, text, ["bench"], rows, seed=0, settings=settings)
+        *_, last = stream_tokens(engine, text, ["bench"], rows, seed=0, settings=settings, window=1)
         return last.ids
 
     return draw
@@ -118,4 +131,5 @@ def as_json(shape: Shape, machine: Machine, results: Sequence[Result]) -> dict[s
         "torch": torch.__version__,
         "settings": SETTINGS.model_dump(),
         "results": [asdict(result) for result in results],
+        "ratios": ratios(results),
     }

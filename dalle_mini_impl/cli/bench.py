@@ -23,7 +23,7 @@ class What(enum.StrEnum):
 
 def bench(
     what: Annotated[What, typer.Argument(help="sample: drawing pictures.")],
-    batches: Annotated[str, typer.Option(help="Numbers of pictures drawn at once.")] = "1,8,32,64",
+    batches: Annotated[str, typer.Option(help="Numbers of pictures drawn at once.")] = "1,8,16,32,64",
     dim: Annotated[int, typer.Option(min=16, help="Width of the transformer.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Its depth.")] = 8,
     heads: Annotated[int, typer.Option(min=1, help="Its attention heads.")] = 4,
@@ -37,7 +37,7 @@ def bench(
     """
     from dalle_mini_impl.bench.machine import measure_machine
     from dalle_mini_impl.bench.peers import Shape
-    from dalle_mini_impl.bench.sample import as_json, run
+    from dalle_mini_impl.bench.sample import as_json, ratios, run
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import write_json
 
@@ -52,6 +52,9 @@ def bench(
         results.append(result)
         share = "" if result.roofline is None else f"  {result.roofline:.0%} of the roofline"
         typer.echo(f"{result.name:<36} batch {result.batch:>3}: {result.tokens_per_sec:>8.0f} tokens/s{share}")
+    for name, by_batch in ratios(results).items():
+        times = ", ".join(f"{ratio:.1f} times at batch {batch}" for batch, ratio in by_batch.items())
+        typer.echo(f"ours draws as fast as {name}: {times}")
     facts = as_json(shape, machine, results)
     if out is None:
         typer.echo(json.dumps(facts))
