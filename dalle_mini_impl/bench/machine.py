@@ -12,6 +12,7 @@ from torch import Tensor
 
 _MATMUL_SIDE = 2048
 _READ_BYTES = 512 * 2**20
+_ENOUGH_SEC = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def best_sec(work: Callable[[], object], device: torch.device, least_sec: float = 0.5) -> float:
-    """The shortest time of one call, over at least three calls and least_sec seconds of them; one call warms up."""
+    """The shortest time of one call, over least_sec seconds of them and at least three, or as many as start in 10 s.
+
+    One call warms up.
+    """
     work()
     synchronize(device)
     best, calls, began = float("inf"), 0, time.perf_counter()
-    while calls < 3 or time.perf_counter() - began < least_sec:
+    while (calls < 3 and time.perf_counter() - began < _ENOUGH_SEC) or time.perf_counter() - began < least_sec:
         start = time.perf_counter()
         work()
         synchronize(device)

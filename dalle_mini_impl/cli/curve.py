@@ -154,6 +154,7 @@ def _plot(figures: Any, curves: dict[str, list[CurvePoint]], facts: dict[str, An
         "clip": "best by CLIP",
         "log_ratio": "best by log-likelihood ratio",
         "reading": "best by reading the caption",
+        "both": "best by CLIP and reading",
         "oracle": "best by the judge itself",
     }
     for name, points in curves.items():
