@@ -84,7 +84,11 @@ class BagCache(KVCache):
         chunks = -(-end // CHUNK)
         weights = q[:, :, :, None].expand(-1, -1, -1, chunks, -1).reshape(-1)
         scores = _weighted_sums(key_table, places.key_rows, places.key_bags, weights)
-        scores = scores.view(batch, count, heads, chunks * CHUNK).masked_fill_(places.unseen, -torch.inf)
+        scores = scores.view(batch, count, heads, chunks * CHUNK)
+        if count == 1:
+            scores[..., end:] = -torch.inf
+        else:
+            scores.masked_fill_(places.unseen, -torch.inf)
         shares = scores.softmax(dim=-1)[..., :end].reshape(-1)  # whole chunks: a sum's bits depend on its length
         mixed = _weighted_sums(value_table, places.value_rows, places.value_bags, shares)
         return mixed.view(batch, count, heads * head_dim)
