@@ -35,11 +35,13 @@ class Partial:
 
     ids: (n, index) int64, a view of a buffer that later steps only write behind. index: tokens that are there so far.
     log_ratio: (n,) Σ log p(x | caption) - log p(x | null) over those that were drawn; None where no null pass is made.
+    log_likelihood: (n,) its first part, Σ log p(x | caption); None where log_ratio is.
     """
 
     ids: Tensor
     index: int
     log_ratio: Tensor | None
+    log_likelihood: Tensor | None
 
 
 class Noise:
@@ -160,7 +162,7 @@ def decode(
     ids[:, :given] = known[:, :given]
     ratio = _Ratio(num_rows, known, device) if guided_from < num_tokens else None
     if given:
-        yield Partial(ids[:, :given], given, None if ratio is None else ratio.total)
+        yield _partial(ids, given, ratio)
     if given > 1:
         branches.read(ids[:, : given - 1])
     index = given
@@ -192,7 +194,7 @@ def decode(
             if null is not None:
                 ratio.subtract(null[:, :kept], drawn[:, :kept], index)
         index += kept
-        yield Partial(ids[:, :index], index, None if ratio is None else ratio.total)
+        yield _partial(ids, index, ratio)
 
 
 def _decode_fixed(
@@ -218,15 +220,21 @@ def _decode_fixed(
         drawn = torch.where(given == FREE, drawn, given)
         ids.index_copy_(1, place, drawn)
         if ratio is not None and null is not None:
-            likelihoods = conditional.log_softmax(dim=-1) - null.log_softmax(dim=-1)
-            ratio.total.add_(likelihoods.gather(2, drawn[..., None])[:, 0, 0] * (given == FREE)[:, 0])
+            is_drawn = (given == FREE)[:, 0]
+            of_caption, of_null = (
+                part.log_softmax(dim=-1).gather(2, drawn[..., None])[:, 0, 0] for part in (conditional, null)
+            )
+            ratio.likelihood.add_(of_caption * is_drawn)
+            ratio.total.add_((of_caption - of_null) * is_drawn)
         cell.add_(1)
 
-    run = _prepared(step, fixed, (cell, ids, *branches.state, *(() if ratio is None else (ratio.total,))))
+    run = _prepared(
+        step, fixed, (cell, ids, *branches.state, *(() if ratio is None else (ratio.total, ratio.likelihood)))
+    )
     while index < ids.shape[1]:
         run()
         index += 1
-        yield Partial(ids[:, :index], index, None if ratio is None else ratio.total.clone())
+        yield _partial(ids, index, ratio)
 
 
 def _prepared(step: Callable[[], None], fixed: FixedShapes, state: Sequence[Tensor]) -> Callable[[], None]:
@@ -253,15 +261,17 @@ def _prepared(step: Callable[[], None], fixed: FixedShapes, state: Sequence[Tens
 
 
 class _Ratio:
-    """The running log-likelihood ratio of the tokens that are drawn, not given."""
+    """The running log-likelihood ratio of the tokens that are drawn, not given, and its first part."""
 
     def __init__(self, num_rows: int, known: Tensor, device: torch.device) -> None:
         self.total = torch.zeros(num_rows, device=device)
+        self.likelihood = torch.zeros(num_rows, device=device)
         self._free = known == FREE
 
     def add(self, logits: Tensor, ids: Tensor, start: int) -> None:
         """Adds Σ log p of ids (n, k) at positions from `start` on under their logits (n, k, V)."""
-        self.total = self.total + self._sum(logits, ids, start)
+        likelihoods = self._sum(logits, ids, start)
+        self.total, self.likelihood = self.total + likelihoods, self.likelihood + likelihoods
 
     def subtract(self, logits: Tensor, ids: Tensor, start: int) -> None:
         """The same with the other sign."""
@@ -270,6 +280,12 @@ class _Ratio:
     def _sum(self, logits: Tensor, ids: Tensor, start: int) -> Tensor:
         likelihoods = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
         return (likelihoods * self._free[:, start : start + ids.shape[1]]).sum(dim=1)
+
+
+def _partial(ids: Tensor, index: int, ratio: _Ratio | None) -> Partial:
+    if ratio is None:
+        return Partial(ids[:, :index], index, None, None)
+    return Partial(ids[:, :index], index, ratio.total.clone(), ratio.likelihood.clone())
 
 
 def _leading(known: Tensor) -> int:

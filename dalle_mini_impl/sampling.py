@@ -36,10 +36,12 @@ _LOGITS_COPIES = 12  # tensors the size of a row's logits that live at the same 
 
 @dataclass(frozen=True)
 class Samples:
-    """Finished pictures: ids (n, N) int64 and the guidance log-likelihood ratio (n,) float32, None if disabled."""
+    """Finished pictures: ids (n, N) int64; for each, float32 and None if disabled, the log-likelihood ratio of guidance
+    (n,), Σ log p(x | caption) - log p(x | null), and its first part (n,)."""
 
     ids: Tensor
     log_ratio: Tensor | None
+    log_likelihood: Tensor | None
 
 
 def every_row(num_prompts: int, candidates: Sequence[int]) -> list[tuple[int, int]]:
@@ -107,8 +109,8 @@ def sample_rows(
     """Draws any pictures of any prompts, in micro-batches; arguments as in `stream_tokens`.
 
     batch_size: pictures drawn at once, default what fits; it doesn't change the result. log_ratio: also compute the
-    log-likelihood ratio of the drawn tokens; it is free with guidance and costs one more pass over each picture
-    without.
+    log-likelihood of the drawn tokens and its ratio to that without the caption; both are free with guidance and cost
+    one more pass over each picture without.
     """
     engine = _pack(dalle, settings, fixed)
     _check(dalle.stream, text_ids, prompts, rows, known, window)
@@ -117,7 +119,7 @@ def sample_rows(
         raise ValueError(f"batch_size is {batch_size}; draw at least 1 picture at once")
     num_tokens = dalle.stream.num_image_tokens
     ids = torch.empty((len(rows), num_tokens), dtype=torch.long)
-    ratios = torch.zeros(len(rows))
+    ratios, likelihoods = torch.zeros(len(rows)), torch.zeros(len(rows))
     done = 0
     for batch in _micro_batches(dalle.stream, text_ids, rows, batch_size):
         used = sorted({rows[place][0] for place in batch})
@@ -138,12 +140,13 @@ def sample_rows(
         ids[batch] = partial.ids.cpu()
         if not log_ratio:
             continue
-        ratio = partial.log_ratio
-        if ratio is None:
+        ratio, likelihood = partial.log_ratio, partial.log_likelihood
+        if ratio is None or likelihood is None:
             captions = text_ids[[rows[place][0] for place in batch]]
-            ratio = log_likelihood_ratio(dalle, captions, partial.ids, known=None if known is None else known[batch])
-        ratios[batch] = ratio.cpu()
-    return Samples(ids=ids, log_ratio=ratios if log_ratio else None)
+            given = None if known is None else known[batch]
+            ratio, likelihood = _log_likelihoods(dalle, captions, partial.ids, 16, given)
+        ratios[batch], likelihoods[batch] = ratio.cpu(), likelihood.cpu()
+    return Samples(ids, ratios if log_ratio else None, likelihoods if log_ratio else None)
 
 
 @torch.no_grad()
@@ -154,17 +157,25 @@ def log_likelihood_ratio(
 
     known: (n, N); only cells that are FREE in it count.
     """
+    return _log_likelihoods(dalle, text_ids, image_ids, batch_size, known)[0]
+
+
+def _log_likelihoods(
+    dalle: DALLE, text_ids: Tensor, image_ids: Tensor, batch_size: int, known: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The ratio of `log_likelihood_ratio` and its first part."""
     device = dalle.image_head.weight.device
     text_ids, image_ids = text_ids.to(device), image_ids.to(device)
     counts = torch.ones_like(image_ids) if known is None else (known.to(device) == FREE)
-    ratios = []
+    ratios, likelihoods = [], []
     for first in range(0, len(image_ids), batch_size):
         part = slice(first, first + batch_size)
         text, image = text_ids[part], image_ids[part]
         null = dalle.stream.null_captions(text)
-        ratio = dalle.token_log_likelihoods(text, image) - dalle.token_log_likelihoods(null, image)  # (n, N)
-        ratios.append((ratio * counts[part]).sum(dim=1))
-    return torch.cat(ratios) if ratios else torch.zeros(0)
+        of_caption, of_null = (dalle.token_log_likelihoods(each, image) for each in (text, null))  # (n, N)
+        ratios.append(((of_caption - of_null) * counts[part]).sum(dim=1))
+        likelihoods.append((of_caption * counts[part]).sum(dim=1))
+    return (torch.cat(ratios), torch.cat(likelihoods)) if ratios else (torch.zeros(0), torch.zeros(0))
 
 
 def fitting_batch_size(dalle: DALLE, settings: SamplingConfig) -> int:

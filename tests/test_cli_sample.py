@@ -53,7 +53,8 @@ def test_every_kept_picture_is_a_png_with_its_settings(drawn: Path) -> None:
     assert [(line["prompt"], line["rank"]) for line in results] == [(p, rank) for p in PROMPTS for rank in (1, 2)]
     for line in results:
         assert set(line) == {
-            "prompt", "rank", "score", "candidate", "seed", "file", "clip_score", "log_ratio", "read_score"
+            "prompt", "rank", "score", "candidate", "seed", "file", "clip_score", "log_ratio", "log_likelihood",
+            "read_score",
         }  # fmt: skip
         assert Path(line["file"]).name == line["file"]
         metadata = read_metadata(drawn / line["file"])
@@ -137,7 +138,7 @@ def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_pa
     assert "by 2 processes" in done.stdout
     expected, found = _results(drawn), _results(tmp_path)
     for theirs, ours in zip(expected, found, strict=True):
-        scores = {"score": 0, "clip_score": 0, "log_ratio": 0}
+        scores = {"score": 0, "clip_score": 0, "log_ratio": 0, "log_likelihood": 0}
         assert {**theirs, **scores} == {**ours, **scores}
         assert ours["clip_score"] == pytest.approx(theirs["clip_score"], abs=1e-5)
         tokens = [read_metadata(folder / theirs["file"])["tokens"] for folder in (drawn, tmp_path)]
@@ -243,7 +244,7 @@ def test_the_curve_is_judged_by_somebody_else(
     assert "is the ranker itself" in capsys.readouterr().err
     assert _run("rerank", *options, "--judge", judge) == 0
     facts = json.loads((tmp_path / "out" / "curve.json").read_text(encoding="utf-8"))
-    assert set(facts["curves"]) == {"clip", "log_ratio", "oracle"}
+    assert set(facts["curves"]) == {"clip", "log_ratio", "rank", "oracle"}
     assert [point["size"] for point in facts["curves"]["clip"]] == [1, 2, 4]
     means = [point["mean"] for point in facts["curves"]["oracle"]]
     assert means == sorted(means)

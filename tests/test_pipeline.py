@@ -20,18 +20,17 @@ def model() -> TextToImage:
     return TextToImage(tiny_bundle())
 
 
-def test_a_call_returns_the_best_ranked_by_clip(model: TextToImage) -> None:
+def test_a_call_returns_the_best_first(model: TextToImage) -> None:
     everything = model(PROMPT, candidates=8, keep=8, seed=3)
     assert [picture.rank for picture in everything] == list(range(1, 9))
     assert {picture.candidate for picture in everything} == set(range(8))
-    scores = [picture.clip_score for picture in everything]
-    assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
+    scores = [picture.score for picture in everything]
+    assert scores == sorted(scores, reverse=True)
     kept = model(PROMPT, candidates=8, keep=3, seed=3)
     assert [picture.candidate for picture in kept] == [picture.candidate for picture in everything[:3]]
     best = kept[0]
     assert best.image.size == (16, 16) and best.prompt == PROMPT and best.seed == 3
     assert best.tokens.shape == (16,) and best.tokens.dtype == torch.long
-    assert model.ranked_by == "clip_score"
 
 
 def test_many_prompts_give_what_each_gives_alone(model: TextToImage) -> None:
@@ -44,26 +43,24 @@ def test_many_prompts_give_what_each_gives_alone(model: TextToImage) -> None:
             assert ours.clip_score == pytest.approx(theirs.clip_score, abs=1e-5)
 
 
-def test_without_clip_the_likelihood_ratio_ranks() -> None:
-    model = TextToImage(dataclasses.replace(tiny_bundle(), clip=None))
-    assert model.ranked_by == "log_ratio"
-    pictures = model(PROMPT, candidates=6)
-    assert len(pictures) == 4
-    ratios = [picture.log_ratio for picture in pictures]
-    assert ratios == sorted(ratios, reverse=True)
-    assert {picture.clip_score for picture in pictures} == {None}
-
-
-def test_reading_ranks_beside_clip_or_alone() -> None:
+def test_the_rank_goes_by_the_sum_of_all_scores_there_are() -> None:
     reader = tiny_bundle("dalle.reading_share=0.2")
-    both, alone = TextToImage(reader), TextToImage(dataclasses.replace(reader, clip=None))
-    assert (both.ranked_by, alone.ranked_by) == ("clip_score + read_score", "read_score")
     assert reader.clip is not None
-    for model, weight in ((both, reader.clip.scale), (alone, 0.0)):
+    for bundle, ranked_by in [
+        (tiny_bundle(), "clip_score + log_likelihood"),
+        (dataclasses.replace(tiny_bundle(), clip=None), "log_likelihood"),
+        (reader, "clip_score + read_score + log_likelihood"),
+        (dataclasses.replace(reader, clip=None), "read_score + log_likelihood"),
+    ]:
+        model = TextToImage(bundle)
+        assert model.ranked_by == ranked_by
         pictures = model(PROMPT, candidates=6, keep=6)
         for picture in pictures:
-            assert picture.read_score is not None
-            expected = weight * (picture.clip_score or 0.0) + picture.read_score
+            assert (picture.clip_score is None) == (bundle.clip is None)
+            assert (picture.read_score is None) == ("read_score" not in ranked_by)
+            expected = 0.03 * picture.log_likelihood + (picture.read_score or 0.0)
+            if bundle.clip is not None and picture.clip_score is not None:
+                expected += bundle.clip.scale * picture.clip_score
             assert picture.score == pytest.approx(expected, abs=1e-4)
         assert [picture.score for picture in pictures] == sorted((p.score for p in pictures), reverse=True)
 

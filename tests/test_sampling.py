@@ -378,10 +378,16 @@ def test_given_tokens_stay_and_the_others_follow_from_them(
 
 def test_the_ratio_of_the_guidance_passes_is_that_of_whole_passes(dalle: DALLE, text: Tensor) -> None:
     guided = sample_tokens(dalle, text, range(5), seed=0, prompt=PROMPT, settings=GUIDED)
+    assert guided.log_likelihood is not None
+    of_captions = dalle.log_likelihood(text.expand(5, -1), guided.ids)
+    assert torch.allclose(guided.log_likelihood, of_captions, atol=1e-4)
     assert guided.log_ratio is not None
     teacher_forced = log_likelihood_ratio(dalle, text.expand(5, -1), guided.ids, batch_size=2)
     assert torch.allclose(guided.log_ratio, teacher_forced, atol=1e-4)
     unguided = sample_tokens(dalle, text, range(5), seed=0, prompt=PROMPT, settings=UNGUIDED)
+    assert unguided.log_likelihood is not None
+    of_captions = dalle.log_likelihood(text.expand(5, -1), unguided.ids)
+    assert torch.allclose(unguided.log_likelihood, of_captions, atol=1e-4)
     assert unguided.log_ratio is not None
     expected = log_likelihood_ratio(dalle, text.expand(5, -1), unguided.ids)
     assert torch.allclose(unguided.log_ratio, expected, atol=1e-4)

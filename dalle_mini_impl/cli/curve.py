@@ -41,25 +41,24 @@ def draw_curve(
     """Draws the candidates, judges each and writes curve.json and curve.png into `out`.
 
     The curves: `clip`, `log_ratio` and `reading` (how likely the prompt is, read from the picture) rank as their names
-    say, `both` by CLIP and reading together; `oracle` lets the judge itself choose, which no ranker can beat.
+    say, `rank` by the score that ranks, all of them together; `oracle` lets the judge itself choose, which no ranker
+    can beat.
     Raises ValueError for a judge that doesn't suit the prompts, and without matplotlib.
     """
     plot = load_matplotlib()
     prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
     model = TextToImage.from_pretrained(checkpoint, process_state().device)
-    scores: dict[str, list[list[float]]] = {"clip": [], "log_ratio": [], "reading": [], "both": [], "oracle": []}
+    scores: dict[str, list[list[float]]] = {"clip": [], "log_ratio": [], "reading": [], "rank": [], "oracle": []}
     for prompt, pictures in _draw(model, prompts, candidates, seed):
         scores["oracle"].append(judge_pictures(prompt, [picture.image for picture in pictures]))
         scores["log_ratio"].append([picture.log_ratio for picture in pictures])
         scores["reading"].append([picture.read_score for picture in pictures if picture.read_score is not None])
-        scores["both"].append([picture.score for picture in pictures])
+        scores["rank"].append([picture.score for picture in pictures])
         scores["clip"].append([picture.clip_score for picture in pictures if picture.clip_score is not None])
     if model.bundle.clip is None:
         del scores["clip"]
     if model.dalle.reading is None:
         del scores["reading"]
-    if model.ranked_by != "clip_score + read_score":
-        del scores["both"]
     arrays: dict[str, FloatArray] = {name: np.array(values, dtype=np.float64) for name, values in scores.items()}
     curves = {name: best_of_n_curve(array, arrays["oracle"], seed=seed) for name, array in arrays.items()}
     facts: dict[str, Any] = {
@@ -154,7 +153,7 @@ def _plot(figures: Any, curves: dict[str, list[CurvePoint]], facts: dict[str, An
         "clip": "best by CLIP",
         "log_ratio": "best by log-likelihood ratio",
         "reading": "best by reading the caption",
-        "both": "best by CLIP and reading",
+        "rank": "best by rank, all together",
         "oracle": "best by the judge itself",
     }
     for name, points in curves.items():

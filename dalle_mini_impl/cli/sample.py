@@ -198,6 +198,7 @@ def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[
         "file": file,
         "clip_score": picture.clip_score,
         "log_ratio": picture.log_ratio,
+        "log_likelihood": picture.log_likelihood,
         "read_score": picture.read_score,
     }
     save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist()})
