@@ -41,7 +41,7 @@ class Engine:
 
     dtype: of weights, activations and cache; default that of the model. Logits are float32 in any case: guidance
     enlarges their differences. is_plain: without the CPU's own kernels, in operations that torch.compile can fuse and
-    `step_in_place` needs; default False. Later changes of the model don't reach it.
+    `step_in_place` needs; always so elsewhere. Later changes of the model don't reach it.
     """
 
     def __init__(self, dalle: DALLE, dtype: torch.dtype | None = None, *, is_plain: bool = False) -> None:
@@ -50,13 +50,13 @@ class Engine:
         self.config = dalle.config
         self.device = dalle.image_head.weight.device
         self.dtype = dtype or dalle.image_head.weight.dtype
-        self.is_plain = is_plain
+        self.is_plain = is_plain or self.device.type != "cpu"
         self._head_dim = dalle.config.dim // dalle.config.heads
-        self._cache_type = BagCache if can_use_bags(self.device) and not is_plain else KVCache
+        self._cache_type = BagCache if can_use_bags(self.device) and not self.is_plain else KVCache
         with torch.no_grad():
             self._layers = [self._pack(block) for block in dalle.blocks if isinstance(block, Block)]
             head = dalle.image_head.weight * dalle.final_norm.weight
-            self._head = PackedLinear(head.float().contiguous(), is_packed=not is_plain)
+            self._head = PackedLinear(head.float().contiguous(), is_packed=not self.is_plain)
             self._image_embedding = self._cast(dalle.image_embedding.weight)
             cells = torch.arange(self.stream.num_image_tokens, device=self.device)
             size = self.stream.grid_size
@@ -140,7 +140,7 @@ class Engine:
             for index, layer in enumerate(self._layers):
                 tables = layer.cos.index_select(0, slot), layer.sin.index_select(0, slot)
                 x = self._block(layer, index, x, tables, cache, mix)
-            return self._logits(self._last_norm(x)[:, 0])
+            return self._logits(self._norm(x)[:, 0])
 
     def _trunk(self, x: Tensor, slot: int, cache: KVCache) -> Tensor:
         """All layers and the last norm, over x (B, n, dim) whose first token stands in `slot`."""
@@ -148,13 +148,13 @@ class Engine:
             slots = slice(slot, slot + x.shape[1])
             x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.mix)
         cache.advance(x.shape[1])
-        return self._last_norm(x)
+        return self._norm(x)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden.float())
 
     @staticmethod
-    def _last_norm(x: Tensor) -> Tensor:
+    def _norm(x: Tensor) -> Tensor:
         return torch.layer_norm(x, x.shape[-1:], eps=1e-6)
 
     def _block(
@@ -182,7 +182,7 @@ class Engine:
         return layer.down.plus(hidden, x)
 
     def _norm_and_shift(self, layer: _Layer, index: int, which: int, x: Tensor, cache: KVCache) -> Tensor:
-        h = torch.layer_norm(x, x.shape[-1:], eps=1e-6)
+        h = self._norm(x)
         if layer.mixes is None:
             return h
         mix = layer.mixes[which]

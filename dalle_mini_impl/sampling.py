@@ -236,7 +236,7 @@ def _pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes) -> Engine:
         raise ValueError("this DALLE is in training mode: call .eval() before sampling")
     device = dalle.image_head.weight.device
     dtype = torch.bfloat16 if resolve_precision(settings.precision, device) == "bf16" else torch.float32
-    return Engine(dalle, dtype, is_plain=fixed is not None or device.type != "cpu")
+    return Engine(dalle, dtype, is_plain=fixed is not None)
 
 
 def _check(

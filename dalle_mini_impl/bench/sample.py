@@ -76,7 +76,7 @@ def run(shape: Shape, machine: Machine, device: torch.device, batches: Sequence[
     yield _result(shape, "our slow reference", REFERENCE_BATCH, time.perf_counter() - start, None)
     ours: dict[str, tuple[Draw, torch.dtype, bool]] = {}
     for dtype in (torch.bfloat16, torch.float32):
-        engine = Engine(dalle, dtype, is_plain=device.type != "cpu")
+        engine = Engine(dalle, dtype)
         for guided in (True, False):
             settings = SETTINGS if guided else SETTINGS.model_copy(update={"guidance": 1.0})
             name = str(dtype).removeprefix("torch.") + ("" if guided else ", no guidance")

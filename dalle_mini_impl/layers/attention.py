@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class KVCache:
     prompt_length: int = 0
     latest: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
     """By layer and shift: (B, n + 1, dim), the latest n > 1 tokens appended at once and the one ahead of them."""
+    _room: ClassVar[Callable[..., Tensor]] = staticmethod(torch.zeros)
 
     @classmethod
     def allocate(
@@ -44,12 +46,16 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """An empty cache."""
-        shape = (layers, batch, heads, capacity, head_dim)
+        sizes = layers, batch, heads, capacity, head_dim
         return cls(
-            keys=torch.zeros(shape, device=device, dtype=dtype),
-            values=torch.zeros(shape, device=device, dtype=dtype),
+            keys=cls._room(cls._keys_shape(*sizes), device=device, dtype=dtype),
+            values=cls._room(sizes, device=device, dtype=dtype),
             last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=dtype),
         )
+
+    @staticmethod
+    def _keys_shape(layers: int, batch: int, heads: int, capacity: int, head_dim: int) -> tuple[int, ...]:
+        return layers, batch, heads, capacity, head_dim
 
     @property
     def capacity(self) -> int:
@@ -128,6 +134,7 @@ class KVCache:
         before = self.last[layer, which]
         mixed = torch.lerp(x, before[:, None], mix)
         before.copy_(x[:, 0])
+        self.latest.clear()
         return mixed
 
     def shift(self, layer: int, which: int, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 One query's attention is two weighted sums of rows: values weighted by probabilities, and, where keys lie with a
 dimension a row, rows of scores weighted by the query's numbers. `F.embedding_bag` is a weighted sum of rows, and its
 CPU kernel runs at memory speed where batched matrix products of one row reach a fifth to a half of it (and the fused
-attention kernel a twentieth): docs/benchmarks.md has the figures. Each sum is computed by itself, so its bits don't
+attention kernel a twentieth): docs/decisions.md has the figures. Each sum is computed by itself, so its bits don't
 depend on what else is in the batch.
 """
 
@@ -34,7 +34,8 @@ class _Places:
     key_bags: Tensor
     value_rows: Tensor
     value_bags: Tensor
-    unseen: Tensor
+    unseen: Tensor | None
+    """(count, 1, positions): later than a token's own; None where only the unfilled ones are."""
 
 
 @dataclass
@@ -44,25 +45,11 @@ class BagCache(KVCache):
     _places: list[_Places] = field(default_factory=list, repr=False)
     """The latest, for the other layers of a pass."""
 
-    @classmethod
-    def allocate(
-        cls,
-        layers: int,
-        batch: int,
-        heads: int,
-        capacity: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> BagCache:
-        """An empty cache, whose memory is only touched where it is filled."""
-        chunks = -(-capacity // CHUNK)
-        return cls(
-            keys=torch.empty((layers, batch, heads, chunks, head_dim, CHUNK), device=device, dtype=dtype),
-            values=torch.empty((layers, batch, heads, capacity, head_dim), device=device, dtype=dtype),
-            last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=dtype),
-        )
+    _room = staticmethod(torch.empty)  # memory is only touched where it is filled
+
+    @staticmethod
+    def _keys_shape(layers: int, batch: int, heads: int, capacity: int, head_dim: int) -> tuple[int, ...]:
+        return layers, batch, heads, -(-capacity // CHUNK), head_dim, CHUNK
 
     def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `KVCache.mix`."""
@@ -71,9 +58,8 @@ class BagCache(KVCache):
         batch, _, heads, head_dim = q.shape
         key_table, value_table = self._tables[layer]
         if count == 1:
-            key_rows = key_table.view(batch, heads, -1, head_dim, CHUNK)
-            key_rows[:, :, self.length // CHUNK, :, self.length % CHUNK] = k[:, 0]
-            value_table.view(batch, heads, -1, head_dim)[:, :, self.length] = v[:, 0]
+            self.keys[layer, :, :, self.length // CHUNK, :, self.length % CHUNK] = k[:, 0]
+            self.values[layer, :, :, self.length] = v[:, 0]
         else:
             positions = torch.arange(self.length, end)
             self.keys[layer][:, :, positions // CHUNK, :, positions % CHUNK] = k.transpose(0, 1)
@@ -85,7 +71,7 @@ class BagCache(KVCache):
         weights = q[:, :, :, None].expand(-1, -1, -1, chunks, -1).reshape(-1)
         scores = _weighted_sums(key_table, places.key_rows, places.key_bags, weights)
         scores = scores.view(batch, count, heads, chunks * CHUNK)
-        if count == 1:
+        if places.unseen is None:
             scores[..., end:] = -torch.inf
         else:
             scores.masked_fill_(places.unseen, -torch.inf)
@@ -125,7 +111,9 @@ class BagCache(KVCache):
             key_bags = torch.arange(0, len(key_rows), head_dim, dtype=torch.int32)
         value_rows = (sequences * capacity + torch.arange(end, dtype=torch.int32)).flatten()
         value_bags = torch.arange(0, len(value_rows), end, dtype=torch.int32)
-        unseen = torch.ones((count, used * CHUNK), dtype=torch.bool).triu(1 + end - count)[:, None]
+        unseen = None
+        if count > 1:
+            unseen = torch.ones((count, used * CHUNK), dtype=torch.bool).triu(1 + end - count)[:, None]
         self._places[:] = [_Places(batch, count, end, key_rows, key_bags, value_rows, value_bags, unseen)]
         return self._places[0]
 
