@@ -222,8 +222,8 @@ class StageConfig(Section):
     """Evaluations spread evenly over the run, the last at its end."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast where the hardware computes it natively."""
-    compile: bool = False
-    """torch.compile the training step."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the transformer's blocks in dalle's training; auto: in stages long enough to gain from it."""
 
 
 class TrainConfig(Section):

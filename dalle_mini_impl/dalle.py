@@ -25,13 +25,16 @@ from dalle_mini_impl.stream import NULL, PAD, Stream
 class DALLELosses:
     """Summed negative log-likelihoods in nats and the numbers of tokens behind them, all 0-d tensors.
 
-    Sums, not means, so that the loss of a global batch doesn't depend on how it was cut up.
+    Sums, not means, so that the loss of a global batch doesn't depend on how it was cut up. text and image are of
+    pictures that are drawn, read of captions that are read from theirs.
     """
 
     text_nll_sum: Tensor
     num_text: Tensor
     image_nll_sum: Tensor
     num_image: Tensor
+    read_nll_sum: Tensor
+    num_read: Tensor
 
     def total(self, text_weight: float, num_text: Tensor | float, num_image: Tensor | float) -> Tensor:
         """text_weight × text mean + (1 - text_weight) × image mean, the means over the given global counts."""
@@ -77,7 +80,17 @@ class DALLE(nn.Module):
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
         self.rope_cos: Tensor
         self.rope_sin: Tensor
+        self._training_block: Callable[..., Tensor] | None = None
         self._init_weights()
+
+    @property
+    def has_one_length(self) -> bool:
+        """Whether all captions take as many slots, so that all training steps have one shape."""
+        return self.stream.slot_step is None
+
+    def compile_blocks(self) -> None:
+        """Has the blocks run compiled in training steps from now on; evaluation and decoding never are."""
+        self._training_block = torch.compile(Block.__call__, dynamic=False)
 
     def _init_weights(self) -> None:
         """Small embeddings and heads; hidden matrices by fan-in; output projections stay zero."""
@@ -113,33 +126,66 @@ class DALLE(nn.Module):
         return self.text_head(hidden[:, :first]), self.image_head(hidden[:, first:])
 
     def loss(
-        self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None, inputs: Tensor | None = None
+        self,
+        text_ids: Tensor,
+        image_ids: Tensor,
+        view: Tensor | None = None,
+        inputs: Tensor | None = None,
+        reads: Tensor | None = None,
     ) -> DALLELosses:
         """Negative log-likelihood sums of captions (B, T) and whole pictures (B, N).
 
-        inputs: the image ids that are read, where they differ from those predicted (token corruption).
+        inputs: the image ids that are read, where they differ from those predicted (token corruption). reads: (B,)
+        bool, rows whose caption is read from the picture instead; both directions share one pass of the trunk.
         Padding is no target, and a null caption none either: its text is not a caption.
         """
         expected = (text_ids.shape[0], self.stream.num_image_tokens)
         if tuple(image_ids.shape) != expected:
             raise ValueError(f"image_ids have shape {tuple(image_ids.shape)}; expected {expected}, whole pictures")
-        parts = []
         inputs = image_ids if inputs is None else inputs
+        parts = []
         for rows, text in self.stream.groups(text_ids):
             ids, view_ids = image_ids[rows], None if view is None else view[rows]
-            text_logits, image_logits = self(text, inputs[rows], view_ids)
-            targets = self._text_targets(text)
-            parts.append(
-                (
-                    F.cross_entropy(
-                        text_logits.float().flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"
-                    ),
-                    (targets != PAD).sum(),
-                    F.cross_entropy(image_logits.float().flatten(0, 1), ids.flatten(), reduction="sum"),
-                    torch.tensor(ids.numel(), device=ids.device),
-                )
-            )
+            parts.append(self._group_loss(text, ids, inputs[rows], view_ids, None if reads is None else reads[rows]))
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
+
+    def _group_loss(
+        self, text: Tensor, ids: Tensor, inputs: Tensor, view: Tensor | None, reads: Tensor | None
+    ) -> list[Tensor]:
+        """The fields of DALLELosses for captions (B, t) that all take t slots."""
+        first = text.shape[1] - 1  # the output of the last text slot
+        rope = self._rope(self._drawing_slots(text.shape[1]))
+        if reads is None:
+            hidden = self._run(self.embed(text, inputs[:, :-1], view), rope)
+            num_drawn = len(text)
+        else:
+            order = torch.argsort(reads.int(), stable=True)  # what is drawn comes first
+            num_drawn = len(reads) - int(reads.sum())
+            text, ids, inputs = text[order], ids[order], inputs[order]
+            drawn, read = slice(num_drawn), slice(num_drawn, None)
+            x = [
+                self.embed(text[drawn], inputs[drawn, :-1], None if view is None else view[order[drawn]]),
+                self._embed_for_reading(text[read], ids[read]),
+            ]
+            ropes = [rope, self._rope(self._reading_slots(text.shape[1]))]
+            counts = [num_drawn, len(text) - num_drawn]
+            tables = [
+                torch.cat([table.expand(n, 1, -1, -1) for table, n in zip(pair, counts, strict=True)])
+                for pair in zip(*ropes, strict=True)
+            ]
+            hidden = self._run(torch.cat(x), (tables[0], tables[1]))
+        targets = self._text_targets(text)
+        text_logits = self.text_head(hidden[:num_drawn, :first])
+        image_logits = self.image_head(hidden[:num_drawn, first:])
+        read_logits = self.text_head(hidden[num_drawn:, self.stream.num_image_tokens :])
+        return [
+            _nll_sum(text_logits, targets[:num_drawn], ignore=PAD),
+            (targets[:num_drawn] != PAD).sum(),
+            _nll_sum(image_logits, ids[:num_drawn]),
+            torch.tensor(num_drawn * ids.shape[1], device=ids.device),
+            _nll_sum(read_logits, targets[num_drawn:], ignore=PAD),
+            (targets[num_drawn:] != PAD).sum(),
+        ]
 
     def token_log_likelihoods(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
         """log p(image id | caption, ids before it) in nats, (B, N) fp32, of captions (B, T) and whole pictures."""
@@ -159,38 +205,36 @@ class DALLE(nn.Module):
         text_ids: (B, t), captions that all take t slots. image_ids: (B, N). Raises ValueError for a model that was
         built without a reading_share.
         """
+        self.stream.check_text(text_ids)
+        rope = self._rope(self._reading_slots(text_ids.shape[1]))
+        hidden = self._run(self._embed_for_reading(text_ids, image_ids), rope)
+        logits: Tensor = self.text_head(hidden[:, self.stream.num_image_tokens :])
+        return logits
+
+    def _embed_for_reading(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+        """Input vectors (B, N + t - 1, dim) of whole pictures (B, N) and the captions (B, t) behind them."""
         if self.reading is None:
             raise ValueError(
                 "this DALLE doesn't read captions from pictures: train it with dalle.reading_share above 0"
             )
-        self.stream.check_text(text_ids)
-        num_text, num_image = text_ids.shape[1], self.stream.num_image_tokens
-        cells = self._target_embedding(0, num_image)  # here of the cell that is read
+        cells = self._target_embedding(0, self.stream.num_image_tokens)  # here of the cell that is read
         picture = self.image_embedding(image_ids) + cells + self.reading.weight
-        x = torch.cat([picture, self._words(text_ids)[:, :-1]], dim=1)  # (B, N + t - 1, dim)
-        first = self.stream.text_length - num_text
-        slots = torch.cat(
-            [
-                torch.arange(self.stream.text_length, self.stream.text_length + num_image, device=x.device),
-                torch.arange(first, first + num_text - 1, device=x.device),
-            ]
-        )
-        hidden = self._run(x, (self.rope_cos[slots], self.rope_sin[slots]))
-        logits: Tensor = self.text_head(hidden[:, num_image:])
-        return logits
+        return torch.cat([picture, self._words(text_ids)[:, :-1]], dim=1)
 
-    def reading_loss(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed negative log-likelihood in nats of captions (B, T) read from pictures (B, N), and how many tokens.
+    def _drawing_slots(self, num_slots: int) -> Tensor:
+        """Where the tokens of a caption of so many slots and its picture but the last stand, (t + N - 1,)."""
+        first = self.stream.text_length - num_slots
+        return torch.arange(first, self.stream.num_inputs, device=self.rope_cos.device)
 
-        Padding and null captions are no targets.
-        """
-        sums, counts = [], []
-        for rows, text in self.stream.groups(text_ids):
-            logits = self.read_logits(text, image_ids[rows]).float()
-            targets = self._text_targets(text)
-            sums.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD, reduction="sum"))
-            counts.append((targets != PAD).sum())
-        return torch.stack(sums).sum(), torch.stack(counts).sum()
+    def _reading_slots(self, num_slots: int) -> Tensor:
+        """The same for the picture first and its caption but the last behind it, (N + t - 1,)."""
+        text_length, device = self.stream.text_length, self.rope_cos.device
+        picture = torch.arange(text_length, text_length + self.stream.num_image_tokens, device=device)
+        return torch.cat([picture, torch.arange(text_length - num_slots, text_length - 1, device=device)])
+
+    def _rope(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, (L, D/2), of the tokens in some slots (L,)."""
+        return self.rope_cos[slots], self.rope_sin[slots]
 
     def caption_log_likelihood(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
         """log p(caption | picture) in nats, (B,) fp32, of captions (B, T) and whole pictures (B, N)."""
@@ -328,9 +372,16 @@ class DALLE(nn.Module):
 
     def _run(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says."""
+        is_step = self.training and torch.is_grad_enabled() and cache is None
+        run = self._training_block if self._training_block is not None and is_step else Block.__call__
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, None, cache, layer)
+            x = run(block, x, rope, None, cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
         hidden: Tensor = self.final_norm(x)
         return hidden
+
+
+def _nll_sum(logits: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
+    """Summed negative log-likelihood, 0-d, of targets (B, L) other than `ignore` under logits (B, L, V)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="sum")

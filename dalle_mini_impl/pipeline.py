@@ -59,6 +59,17 @@ class RankedPicture:
     tokens: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaptionScores:
+    """How well a caption fits a picture; the fields are those of `RankedPicture`."""
+
+    caption: str
+    score: float
+    clip_score: float | None
+    read_score: float | None
+    log_likelihood: float
+
+
 class TextToImage:
     """A loaded checkpoint that draws: call it with a prompt, get ranked pictures."""
 
@@ -230,6 +241,29 @@ class TextToImage:
                     )
                 )
         return pictures
+
+    @torch.no_grad()
+    def score(self, pictures: Tensor, captions: Sequence[str]) -> list[CaptionScores]:
+        """Scores captions[i] for picture i of pictures (n, 3, S, S) in [0, 1], by all that the checkpoint has.
+
+        The likelihoods are of the picture as its tokens tell it. Raises ValueError unless there are as many captions.
+        """
+        if len(pictures) != len(captions):
+            raise ValueError(f"{len(pictures)} pictures came with {len(captions)} captions: give as many")
+        device = next(self.vae.parameters()).device
+        text_ids = self.bundle.tokenizer.batch(list(captions), self.bundle.stream.text_length)[0]
+        found = []
+        for first in range(0, len(captions), _DECODE_BATCH):
+            part = slice(first, first + _DECODE_BATCH)
+            ids, text = self.vae.encode(pictures[part].to(device)), text_ids[part].to(device)
+            clip = self._clip_scores(pictures[part], captions[part])
+            read = self._read_scores(ids, text)
+            likelihoods = self.dalle.log_likelihood(text, ids).tolist()
+            for caption, of_clip, of_read, likelihood in zip(captions[part], clip, read, likelihoods, strict=True):
+                scores = {"clip_score": of_clip, "read_score": of_read, "log_likelihood": likelihood}
+                total = self._score(of_clip, of_read, likelihood)
+                found.append(CaptionScores(caption=caption, score=total, **scores))
+        return found
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dalle_mini_impl.bench import machine as machine_module
-from dalle_mini_impl.bench import sample
+from dalle_mini_impl.bench import sample, train
 from dalle_mini_impl.bench.machine import Machine
 from dalle_mini_impl.bench.peers import Shape
 from dalle_mini_impl.cli.app import main
+from dalle_mini_impl.dalle import DALLE
 
 TINY = Shape(dim=16, layers=2, heads=2, text_length=4, grid_size=3, text_vocab=40, image_vocab=20)
 MACHINE = Machine("a slide rule", 1, {"bfloat16": 200.0, "float32": 100.0}, read_rate=50.0)
@@ -61,6 +62,37 @@ def test_a_run_writes_table_json_and_plot(
     assert facts["ratios"]["a peer"] == {"1": pytest.approx(2.0), "2": pytest.approx(2.0)}
     assert (tmp_path / "bench-sample.png").stat().st_size > 1000
     assert "of the roofline" in capsys.readouterr().out
+
+
+def test_training_steps_are_measured_beside_a_plain_transformer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine_module, "_MATMUL_SIDE", 64)
+    monkeypatch.setattr(machine_module, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(train, "_ROUND_SEC", 0.0)
+    monkeypatch.setattr(DALLE, "compile_blocks", lambda self: None)
+    options = ["--batches", "2", "--dim", "16", "--layers", "1", "--heads", "2", "--grid", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "train", *options, "--out", str(tmp_path)])
+    assert not stopped.value.code
+    (facts,) = json.loads((tmp_path / "bench-train.json").read_text())["runs"]
+    results = {result["name"]: result for result in facts["results"]}
+    ours, plain = results["ours, AdamW"], results["torch.nn.TransformerEncoder, AdamW"]
+    assert ours["tokens_per_sec"] == pytest.approx(2 * (32 + 4) / ours["seconds"])
+    assert ours["mfu"] > 0 and plain["mfu"] is None
+    assert sum(ours["shares"].values()) == pytest.approx(1.0) and set(ours["shares"]) == set(train.PHASES)
+    best = max(result["tokens_per_sec"] for name, result in results.items() if name.startswith("ours"))
+    assert facts["ratios"][plain["name"]] == pytest.approx(best / plain["tokens_per_sec"])
+    assert "of the matmul rate" in capsys.readouterr().out
+
+
+def test_the_plain_transformer_reads_every_token_but_the_last() -> None:
+    model = train._Plain(TINY)
+    text, image = torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)
+    loss = model(text, image)
+    gradient = torch.autograd.grad(loss, model.position)[0]
+    assert gradient.shape == (13, 16) and gradient[:12].any(dim=1).all()
+    assert not gradient[12].any()
 
 
 def test_bad_batches_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -372,9 +372,26 @@ def test_the_likelihood_of_a_caption_is_that_of_its_tokens() -> None:
             if text[row, slot] != PAD:
                 expected[row] += logits[row, slot - 1].log_softmax(dim=0)[text[row, slot]]
     assert torch.allclose(dalle.caption_log_likelihood(text, images), expected, atol=1e-4)
-    total, count = dalle.reading_loss(text, images)
-    assert total.item() == pytest.approx(-expected.sum().item(), rel=1e-5)
-    assert int(count) == 3 + 5 + 5 + 1
+    losses = dalle.loss(text, images, reads=torch.ones(5, dtype=torch.bool))
+    assert losses.read_nll_sum.item() == pytest.approx(-expected.sum().item(), rel=1e-5)
+    assert int(losses.num_read) == 3 + 5 + 5 + 1 and int(losses.num_image) == int(losses.num_text) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slot_step", [None, 2])
+def test_drawing_and_reading_in_one_pass_are_what_they_are_alone(slot_step: int | None) -> None:
+    stream = dataclasses.replace(STREAM, slot_step=slot_step)
+    dalle = DALLE(DALLEConfig(dim=16, layers=2, heads=2, reading_share=0.25), stream)
+    randomize(dalle)
+    text, images, corrupted = _captions(), _images(), _images().flip(0)
+    reads = torch.tensor([False, True, True, False, False])
+    together = dalle.eval().loss(text, images, inputs=corrupted, reads=reads)
+    drawn = dalle.loss(text[~reads], images[~reads], inputs=corrupted[~reads])
+    read = dalle.caption_log_likelihood(text[reads], images[reads])
+    for name in ("text_nll_sum", "num_text", "image_nll_sum", "num_image"):
+        assert getattr(together, name).item() == pytest.approx(getattr(drawn, name).item(), rel=1e-5), name
+    assert together.read_nll_sum.item() == pytest.approx(-read.sum().item(), rel=1e-5)
+    assert int(together.num_read) == int((text[reads][:, 1:] != PAD).sum())
 
 
 @torch.no_grad()

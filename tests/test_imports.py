@@ -18,7 +18,19 @@ LEVELS = [
     {"config", "stream", "text", "memory", "threads", "files"},
     {"layers", "noise", "filters"},
     {"vae", "dalle", "clip"},
-    {"sampling", "decoding", "engine", "editing", "data", "rerank", "search", "guided", "pretrained", "sheet"},
+    {
+        "sampling",
+        "decoding",
+        "engine",
+        "editing",
+        "data",
+        "rerank",
+        "classify",
+        "search",
+        "guided",
+        "pretrained",
+        "sheet",
+    },
     {"training", "pipeline"},
     {"cli", "web", "bench", "evaluate", "estimate", "__main__"},
 ]
@@ -34,6 +46,7 @@ WITHIN_A_LEVEL = {
     ("cli", "evaluate"),
     ("cli", "bench"),
     ("cli", "estimate"),
+    ("bench", "estimate"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import save_weights
@@ -142,6 +143,19 @@ def test_resuming_loses_neither_a_step_nor_a_bit(
     ours, theirs = (load_file(run / "checkpoint" / f"{stage}.safetensors") for run in (out, finished))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_resumed_stage_stays_compiled(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, calls = tmp_path / "resumed", []
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "state" / "dalle")
+    monkeypatch.setattr(DALLE, "compile_blocks", lambda self: calls.append(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "should_compile", lambda *_: True)
+        interrupt(patch, 3, terminate)
+        assert train(recipe(), DATA, out, stages=["dalle"]) is False
+    assert train(recipe(), DATA, out, stages=["dalle"], resume=True)
+    assert len(calls) == 2, "other kernels give other bits"
 
 
 def test_fine_tuning_keeps_the_tokenizer_and_starts_from_the_weights(finished: Path, tmp_path: Path) -> None:

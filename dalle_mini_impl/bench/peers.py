@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,14 +37,23 @@ class Shape:
         )
 
 
+def can_import(name: str) -> bool:
+    """Whether a peer is installed and in working order: DALLE-pytorch needs packages that can be hard to find."""
+    try:
+        importlib.import_module(name)
+    except Exception:  # whatever its own imports lead it to
+        return False
+    return True
+
+
 def peers(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Draw]:
     """Every peer that can be imported, by name."""
     found: dict[str, Draw] = {}
-    if importlib.util.find_spec("transformers") is not None:
+    if can_import("transformers"):
         for family in ("gpt2", "llama"):
             for cache in ("dynamic", "static"):
                 found[f"transformers {family}, {cache} cache"] = _transformers(shape, family, cache, device, dtype)
-    if importlib.util.find_spec("dalle_pytorch") is not None:
+    if can_import("dalle_pytorch"):
         found["DALLE-pytorch"] = _dalle_pytorch(shape, device, dtype)
     return found
 

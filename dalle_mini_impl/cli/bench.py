@@ -5,11 +5,13 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from dalle_mini_impl.bench.machine import Machine
     from dalle_mini_impl.bench.peers import Shape
     from dalle_mini_impl.bench.sample import Result
@@ -19,34 +21,64 @@ class What(enum.StrEnum):
     """What is measured."""
 
     sample = "sample"
+    train = "train"
 
 
 def bench(
-    what: Annotated[What, typer.Argument(help="sample: drawing pictures.")],
-    batches: Annotated[str, typer.Option(help="Numbers of pictures drawn at once.")] = "1,8,16,32,64",
+    what: Annotated[What, typer.Argument(help="sample: drawing pictures. train: steps of the transformer.")],
+    batches: Annotated[
+        str | None, typer.Option(help="Pictures at once. (default 1,8,16,32,64 for sample, 16 for train)")
+    ] = None,
     dim: Annotated[int, typer.Option(min=16, help="Width of the transformer.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Its depth.")] = 8,
     heads: Annotated[int, typer.Option(min=1, help="Its attention heads.")] = 4,
     grid: Annotated[int, typer.Option(min=2, help="Side of the token grid.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="Folder for bench-sample.json and bench-sample.png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench-WHAT.json and, of sample, a plot.")] = None,
 ) -> None:
-    """Measure the sampler beside its slow reference, beside peers that are installed, and beside the machine's limits.
+    """Measure the sampler or the trainer beside peers that are installed, and beside the machine's limits.
 
-    Let nothing else run meanwhile. The table gives image tokens per second and, for ours, the share of the roofline:
-    the least time that the operations and the bytes of each step can take at the measured rates.
+    Let nothing else run meanwhile. sample gives image tokens per second and, for ours, the share of the roofline: the
+    least time that the operations and the bytes of each step can take at the measured rates. train gives tokens of
+    the whole stream per second, where the time of a step goes, and ours as a share of the measured matmul rate.
     """
     from dalle_mini_impl.bench.machine import measure_machine
     from dalle_mini_impl.bench.peers import Shape
-    from dalle_mini_impl.bench.sample import as_json, ratios, run
     from dalle_mini_impl.cli.processes import process_state
-    from dalle_mini_impl.files import write_json
 
-    sizes = _numbers(batches)
+    default = "16" if what is What.train else "1,8,16,32,64"
+    sizes = _numbers(default if batches is None else batches)
     shape = Shape(dim=dim, layers=layers, heads=heads, grid_size=grid)
     device = process_state().device
     machine = measure_machine(device)
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in machine.flops.items())
     typer.echo(f"{machine.device}, {machine.threads} threads: {rates}, {machine.read_rate / 1e9:.1f} GB/s; {shape}")
+    measure = _bench_train if what is What.train else _bench_sample
+    measure(shape, machine, device, sizes, out)
+
+
+def _bench_train(shape: Shape, machine: Machine, device: torch.device, sizes: list[int], out: Path | None) -> None:
+    from dalle_mini_impl.bench.train import as_json, run
+
+    facts = []
+    for batch in sizes:
+        results = []
+        for result in run(shape, machine, device, batch):
+            results.append(result)
+            phases = ", ".join(f"{name} {share:.0%}" for name, share in result.shares.items())
+            mfu = "" if result.mfu is None else f"  {result.mfu:.0%} of the matmul rate"
+            typer.echo(
+                f"{result.name:<36} batch {batch:>3}: {result.tokens_per_sec:>8.0f} tokens/s{mfu}  "
+                f"({phases}; peak {result.peak_bytes / 1e9:.1f} GB)"
+            )
+        facts.append(as_json(shape, machine, results))
+        for name, ratio in facts[-1]["ratios"].items():
+            typer.echo(f"our best trains {ratio:.2f} times as fast as {name}")
+    _hand_out({"runs": facts}, out, "train")
+
+
+def _bench_sample(shape: Shape, machine: Machine, device: torch.device, sizes: list[int], out: Path | None) -> None:
+    from dalle_mini_impl.bench.sample import as_json, ratios, run
+
     results = []
     for result in run(shape, machine, device, sizes):
         results.append(result)
@@ -55,14 +87,21 @@ def bench(
     for name, by_batch in ratios(results).items():
         times = ", ".join(f"{ratio:.1f} times at batch {batch}" for batch, ratio in by_batch.items())
         typer.echo(f"ours draws as fast as {name}: {times}")
-    facts = as_json(shape, machine, results)
+    _hand_out(as_json(shape, machine, results), out, "sample")
+    if out is not None:
+        _plot(shape, machine, results, out / "bench-sample.png")
+
+
+def _hand_out(facts: dict[str, Any], out: Path | None, what: str) -> None:
+    """Prints the facts as a JSON line, or writes them to the folder."""
+    from dalle_mini_impl.files import write_json
+
     if out is None:
         typer.echo(json.dumps(facts))
         return
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / f"bench-{what}.json", facts)
-    _plot(shape, machine, results, out / f"bench-{what}.png")
-    typer.echo(f"{out / f'bench-{what}.json'} and .png")
+    typer.echo(f"{out / f'bench-{what}.json'}")
 
 
 def _numbers(text: str) -> list[int]:

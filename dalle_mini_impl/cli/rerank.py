@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from dalle_mini_impl.pretrained import Bundle
 
-_READ_AT_ONCE = 64
 _SHEET_PICTURES = 64
 
 
@@ -64,8 +61,7 @@ def rerank(
 
 def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) -> None:
     """Prints the ranking and, with `out`, writes ranking.jsonl and sheet.png, the contact sheet of the best."""
-    from PIL import Image
-
+    from dalle_mini_impl.cli.pictures import read_square
     from dalle_mini_impl.files import write_atomically
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
@@ -81,9 +77,7 @@ def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) ->
     ]
     text = "\n".join(lines) + "\n"
     write_atomically(out / "ranking.jsonl", lambda part: part.write_text(text, encoding="utf-8"))
-    cells: list[tuple[Image.Image, str]] = []
-    for score, path in ranking[:_SHEET_PICTURES]:
-        cells.append((Image.fromarray(_read(path, bundle)), f"{score:.3f} {path.name}"))
+    cells = [(read_square(path, bundle), f"{score:.3f} {path.name}") for score, path in ranking[:_SHEET_PICTURES]]
     save_sheet(contact_sheet([(prompt, cells)]), out / "sheet.png")
 
 
@@ -94,41 +88,15 @@ def score_folder(bundle: Bundle, folder: Path, prompt: str) -> list[tuple[float,
 
     Raises ValueError for a checkpoint without CLIP and for a folder without a readable picture.
     """
-    import numpy as np
-    import torch
-
-    from dalle_mini_impl.data.pictures import EXTENSIONS, PictureError
+    from dalle_mini_impl.cli.pictures import clip_of, find_pictures, read_in_parts
     from dalle_mini_impl.rerank import rank_pictures
-    from dalle_mini_impl.sheet import is_sheet
 
-    if bundle.clip is None:
-        raise ValueError(f"checkpoint {bundle.recipe.name!r} has no clip.safetensors: train its clip stage")
+    clip = clip_of(bundle)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of pictures")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     ranking: list[tuple[float, Path]] = []
-    for first in range(0, len(paths), _READ_AT_ONCE):
-        arrays, read = [], []
-        for path in paths[first : first + _READ_AT_ONCE]:
-            if is_sheet(path):
-                typer.echo(f"left out {path}: a sheet of pictures, no picture", err=True)
-                continue
-            try:
-                arrays.append(_read(path, bundle))
-                read.append(path)
-            except PictureError as error:
-                typer.echo(f"left out {path}: {error}", err=True)
-        if read:
-            pictures = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255  # (n, 3, S, S)
-            ranking += zip(rank_pictures(bundle.clip, bundle.tokenizer, pictures, prompt).tolist(), read, strict=True)
+    for paths, pictures in read_in_parts(find_pictures([folder]), bundle):
+        ranking += zip(rank_pictures(clip, bundle.tokenizer, pictures, prompt).tolist(), paths, strict=True)
     if not ranking:
         raise ValueError(f"there is no readable picture in {folder}")
     return sorted(ranking, key=lambda pair: (-pair[0], str(pair[1])))
-
-
-def _read(path: Path, bundle: Bundle) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """A picture as the checkpoint's CLIP sees it: uint8 (S, S, 3)."""
-    from dalle_mini_impl.data.pictures import open_picture, to_rgb, to_square
-
-    data = bundle.recipe.data.model_copy(update={"min_side_px": 1})  # small is no reason not to be ranked
-    return to_square(to_rgb(open_picture(path, data)), data.image_size, data.fit)

@@ -147,9 +147,10 @@ def likelihood(
         text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
         with context.autocast():
             true = dalle.loss(text, ids)
-            read = dalle.reading_loss(text, ids) if dalle.reading is not None else (sums[0] * 0, sums[0] * 0)
+            if dalle.reading is not None:
+                read = dalle.loss(text, ids, reads=torch.ones(len(ids), dtype=torch.bool, device=device))
+                sums[6:] += torch.stack([read.read_nll_sum, read.num_read])
         sums[:4] += torch.stack([true.image_nll_sum, true.num_image, true.text_nll_sum, true.num_text])
-        sums[6:] += torch.stack(read)
         swapped = [row for row, i in enumerate(chunk) if int(i) in others]
         if swapped:
             other_text = tokenizer.batch([others[int(chunk[row])] for row in swapped], dalle.stream.text_length)[0]

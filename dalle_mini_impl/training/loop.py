@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from dalle_mini_impl.training.batches import (
 )
 from dalle_mini_impl.training.budget import Plan, StageClock, format_duration
 from dalle_mini_impl.training.checkpoint import StateFolder, load_weights, save_weights
+from dalle_mini_impl.training.compiling import should_compile
 from dalle_mini_impl.training.ema import EMA
 from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_learning_rate
 from dalle_mini_impl.training.progress import MetricsLog, Reporter
@@ -80,8 +81,7 @@ class StageTrainer:
         module = LossModule(task, accelerator.device, self.dtype)
         prepared: nn.Module = accelerator.prepare(module)
         self.module = prepared
-        if config.compile:
-            task.model.compile()
+        self.is_compiled = should_compile(task.stage, config, task.model, allotted_sec)
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0
         self.best: float | None = None
@@ -101,6 +101,8 @@ class StageTrainer:
 
         At the end the task's model holds the averaged weights of the best evaluation.
         """
+        if self.is_compiled:
+            cast(Any, self.task.model).compile_blocks()
         prefetcher = Prefetcher(self._make_batch, pin_memory=self.accelerator.device.type == "cuda")
         with self.stop, Reporter(self.task.stage, self.task.unit, self.accelerator.is_main_process) as reporter:
             try:
@@ -319,6 +321,7 @@ class StageTrainer:
             "best": self.best,
             "best_evaluation": self.best_evaluation,
             "skipped": self.skipped,
+            "is_compiled": self.is_compiled,
             "running": {"sums": dict(self.running.sums), "steps": self.running.steps},
             "trained_sec": self._elapsed(),
         }
@@ -334,6 +337,7 @@ class StageTrainer:
             self.clock.plan = Plan(**state["plan"])
         self.best, self.best_evaluation = state["best"], state["best_evaluation"]
         self.skipped = state["skipped"]
+        self.is_compiled = state.get("is_compiled", False)  # other kernels give other bits
         device = self.accelerator.device
         sums = {name: value.to(device) for name, value in state["running"]["sums"].items()}
         self.running = Running(sums, state["running"]["steps"])

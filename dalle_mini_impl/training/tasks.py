@@ -330,25 +330,13 @@ class DALLETask(_Task):
         num_text, num_image, num_read = context.counts.float().clamp(min=1)
         weight = self.recipe.dalle.text_loss_weight
         view = batch["view"] if dalle.num_views > 1 else None
-        if dalle.reading is None:
-            losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"])
-            loss = losses.total(weight, num_text, num_image)
-            return loss, {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
-        reads = batch["reads"]
-        parts: dict[str, Tensor] = dict.fromkeys(("image_nll", "text_nll", "read_nll"), context.counts.new_zeros(()))
-        loss = 0.0 * dalle.reading.weight.sum()  # every process uses every weight, whatever its samples are
         share = self.recipe.dalle.reading_share
-        if not reads.all():
-            rows = ~reads
-            losses = dalle.loss(
-                batch["text"][rows], batch["ids"][rows], None if view is None else view[rows], batch["inputs"][rows]
-            )
-            loss = loss + (1 - share) * losses.total(weight, num_text, num_image)
-            parts |= {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
-        if reads.any():
-            read_nll = dalle.reading_loss(batch["text"][reads], batch["ids"][reads])[0] / num_read
-            loss = loss + share * read_nll
-            parts["read_nll"] = read_nll
+        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], batch["reads"] if share else None)
+        loss = (1 - share) * losses.total(weight, num_text, num_image)
+        parts = {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
+        if share:
+            parts["read_nll"] = losses.read_nll_sum / num_read
+            loss = loss + share * parts["read_nll"]
         return loss, parts
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:

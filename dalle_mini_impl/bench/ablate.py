@@ -1,0 +1,236 @@
+"""``python -m dalle_mini_impl.bench.ablate``: arms of one recipe, each trained for the same time, and judged.
+
+An arm is the recipe with a few settings changed. Where a finished run is given as --base, an arm starts from all of
+it that its settings don't touch: pictures, tokenizer, VAE, id cache, CLIP. So arms about the transformer differ in
+the transformer alone. Each runs in a process of its own, on its own share of the cores. Arms that are in the results
+already are not repeated, so a stopped ablation goes on where it was.
+
+The plan is a TOML file with one list of settings an arm, as --set takes them:
+
+    [arms]
+    "as it is" = []
+    "batch 32" = ["train.dalle.batch_size=32"]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, Any
+
+import typer
+
+from dalle_mini_impl.config import Stage
+from dalle_mini_impl.pretrained import load_bundle, save_bundle
+from dalle_mini_impl.training.checkpoint import StateFolder
+
+Settings = list[str]
+JUDGED: dict[Stage, tuple[str, ...]] = {
+    "vae": ("psnr", "perplexity"),
+    "clip": ("text_to_image_recall_at_1",),
+    "dalle": ("image_nll", "caption_gain", "text_nll", "read_nll"),
+}
+"""What the last evaluation of each stage that an arm trained is kept of."""
+
+
+def read_plan(path: Path) -> dict[str, Settings]:
+    """The arms of a plan; ValueError where it has none or an arm is no list of texts."""
+    arms = tomllib.loads(path.read_text(encoding="utf-8")).get("arms", {})
+    if not arms:
+        raise ValueError(f'{path} has no arms: write [arms] and a line like "batch 32" = ["train.dalle.batch_size=32"]')
+    for name, settings in arms.items():
+        if not isinstance(settings, list) or not all(isinstance(item, str) for item in settings):
+            raise ValueError(f'{path}: arm {name!r} is {settings!r}; it must be a list like ["dalle.layers=4"]')
+    return dict(arms)
+
+
+def shared_stages(settings: Sequence[str]) -> list[Stage]:
+    """The stages that an arm takes over from the base run; none where it changes what all of them read.
+
+    VAE and CLIP change what comes after them, so an arm that touches one trains DALL·E as well.
+    """
+    sections = {setting.removeprefix("train.").split(".")[0] for setting in settings}
+    if sections <= {"dalle", "sampling"}:
+        return ["vae", "clip"]
+    if sections <= {"dalle", "sampling", "clip"}:
+        return ["vae"]
+    return []
+
+
+def begin_from(base: Path, folder: Path, stages: Sequence[Stage]) -> None:
+    """Makes a run folder that has finished these stages of another run, and shares its pictures and ids."""
+    if not stages:
+        return
+    missing = [stage for stage in stages if not StateFolder(base / "state" / stage).finished]
+    if missing:
+        raise ValueError(f"{base} has not finished {' and '.join(missing)}: an arm can't start from it")
+    folder.mkdir(parents=True)
+    for name in ("data", "cache"):
+        (folder / name).symlink_to((base / name).resolve(), target_is_directory=True)
+    bundle = load_bundle(base / "checkpoint")
+    kept: dict[str, Any] = {stage: None for stage in ("vae", "clip", "dalle") if stage not in stages}
+    save_bundle(replace(bundle, **kept), folder / "checkpoint")
+    for stage in stages:
+        StateFolder(folder / "state" / stage).finish(StateFolder(base / "state" / stage).summary())
+
+
+def run_on(cores: Sequence[int], command: Sequence[str], log: Path) -> None:
+    """Runs one of our commands on these cores; RuntimeError that names its log where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    pinned = ["taskset", "--cpu-list", ",".join(map(str, cores))] if shutil.which("taskset") else []
+    with log.open("a", encoding="utf-8") as output:
+        done = subprocess.run(
+            [*pinned, sys.executable, "-m", "dalle_mini_impl", *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=False,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed with exit status {done.returncode}; its last words are in {log}")
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """Steps and last evaluation of each stage that a run trained itself."""
+    values: dict[str, float] = {}
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry.get("evaluation"):
+            stage: Stage = entry["stage"]
+            values[f"{stage}_steps"], values[f"{stage}_sec"] = entry["step"], entry["time_sec"]
+            values |= {f"{stage}_{name}": entry[name] for name in JUDGED[stage] if name in entry}
+    return values
+
+
+def judged(report: Path) -> dict[str, float]:
+    """Shares of single samples that the checker calls right, and the VAE's ceilings, of what `evaluate --out` wrote."""
+    values: dict[str, float] = {}
+    for pairs, shares in json.loads(report.read_text(encoding="utf-8"))["pairs"].items():
+        values |= {f"{name}_{pairs}": shares[name]["share"] for name in ("single", "ceiling")}
+    return values
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as a Markdown table, a row an arm; columns that no arm has are left out."""
+    columns = {
+        "dalle_steps": ("steps", "{:.0f}"),
+        "vae_psnr": ("VAE dB", "{:.2f}"),
+        "vae_perplexity": ("perplexity", "{:.0f}"),
+        "clip_text_to_image_recall_at_1": ("CLIP recall@1", "{:.1%}"),
+        "dalle_image_nll": ("nats a token", "{:.3f}"),
+        "dalle_caption_gain": ("caption gain", "{:.3f}"),
+        "dalle_read_nll": ("read nats", "{:.3f}"),
+        "single_seen": ("right, seen", "{:.1%}"),
+        "single_unseen": ("right, unseen", "{:.1%}"),
+    }
+    shown = {key: column for key, column in columns.items() if any(key in result for result in results)}
+    lines = [
+        "| arm | settings | " + " | ".join(title for title, _ in shown.values()) + " |",
+        "|---" * (len(shown) + 2) + "|",
+    ]
+    for result in results:
+        settings = " ".join(f"`{setting}`" for setting in result["settings"]) or "–"
+        cells = [form.format(result[key]) if key in result else "–" for key, (_, form) in shown.items()]
+        lines.append(f"| {result['arm']} | {settings} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What all arms share.
+
+    common: settings of all of them, those of the base run among them. prompts: of each kind that the checker judges.
+    """
+
+    config: Path
+    data: str
+    out: Path
+    base: Path | None = None
+    budget: str | None = None
+    jobs: int = 1
+    prompts: int = 200
+    common: Sequence[str] = ()
+
+    def run(self, arms: Mapping[str, Settings]) -> list[dict[str, Any]]:
+        """Trains and judges every arm that isn't in results.jsonl; returns all results in the plan's order."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "results.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        found: dict[str, dict[str, Any]] = {result["arm"]: result for result in map(json.loads, lines)}
+        free: SimpleQueue[list[int]] = SimpleQueue()
+        for cores in share_out(sorted(os.sched_getaffinity(0)), self.jobs):
+            free.put(cores)
+
+        def one(name: str) -> None:
+            cores = free.get()
+            try:
+                found[name] = self.run_arm(name, arms[name], cores)
+            finally:
+                free.put(cores)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found[name]) + "\n")
+            typer.echo(table([found[name]]))
+
+        with ThreadPoolExecutor(max_workers=self.jobs) as pool:
+            for future in [pool.submit(one, name) for name in arms if name not in found]:
+                future.result()
+        return [found[name] for name in arms]
+
+    def run_arm(self, name: str, settings: Settings, cores: Sequence[int]) -> dict[str, Any]:
+        """Trains one arm and has it judged."""
+        folder = self.out / re.sub(r"[^\w.=-]+", "_", name)
+        shutil.rmtree(folder, ignore_errors=True)  # of an ablation that was stopped
+        if self.base is not None:
+            begin_from(self.base, folder, shared_stages(settings))
+        log = self.out / f"{folder.name}.log"
+        command = ["train", "--config", str(self.config), "--data", self.data, "--out", str(folder)]
+        for setting in (*self.common, *settings):
+            command += ["--set", setting]
+        run_on(cores, command if self.budget is None else [*command, "--budget", self.budget], log)
+        result = {"arm": name, "settings": settings, "budget": self.budget, "cores": len(cores), **measured(folder)}
+        if self.prompts and self.data.split(":")[0] == "shapes":
+            report = self.out / f"{folder.name}.json"
+            judge = ["evaluate", "--checkpoint", str(folder), "--prompts", str(self.prompts), "--out", str(report)]
+            run_on(cores, judge, log)
+            result |= judged(report)
+        return result
+
+
+def share_out(cores: Sequence[int], jobs: int) -> list[list[int]]:
+    """An equal share of the cores for each job; ValueError where there are fewer cores than jobs."""
+    share = len(cores) // jobs
+    if share < 1:
+        raise ValueError(f"{jobs} jobs on {len(cores)} cores: each needs one of its own to be compared")
+    return [list(cores[job * share : (job + 1) * share]) for job in range(jobs)]
+
+
+def main(
+    plan: Annotated[Path, typer.Argument(help="TOML file of the arms.")],
+    config: Annotated[Path, typer.Option(help="The recipe that the arms change.")],
+    data: Annotated[str, typer.Option(help="As train.py's.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and of results.jsonl.")],
+    base: Annotated[Path | None, typer.Option(help="A finished run to share stages with.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall-clock time of each arm's training, as 8m; default: the recipe's steps.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Arms at once; they share the cores out.")] = 1,
+    prompts: Annotated[int, typer.Option(min=0, help="Of each kind that the checker judges; 0 skips it.")] = 200,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Settings of all arms.")] = None,
+) -> None:
+    """Train arms of a recipe for the same time each, and compare them."""
+    ablation = Ablation(config, data, out, base, budget, jobs, prompts, set_ or [])
+    typer.echo(table(ablation.run(read_plan(plan))))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,222 @@
+"""``dalle-mini bench train``: training steps of the transformer, beside peers and the machine's matmul rate."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_mini_impl.bench.machine import Machine, synchronize
+from dalle_mini_impl.bench.peers import Shape, can_import
+from dalle_mini_impl.bench.sample import build
+from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.estimate import BACKWARD_FACTOR
+from dalle_mini_impl.training.optim import build_optimizers
+from dalle_mini_impl.training.task import autocast
+
+PHASES = ("data", "forward", "backward", "optimizer")
+_WARM_UP_STEPS = 3
+_ROUNDS = 3
+_ROUND_SEC = 4.0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """One contestant. seconds: of a step, the median. shares: of its time by phase. mfu: share of the matmul rate.
+
+    peak_bytes: most memory that the device, or on a CPU the process, has held up to the contestant's end.
+    """
+
+    name: str
+    batch: int
+    seconds: float
+    tokens_per_sec: float
+    shares: dict[str, float]
+    mfu: float | None
+    peak_bytes: int
+
+
+@dataclass
+class Contestant:
+    """A model with what it does to text ids (B, T) and image ids (B, N), and the optimisers of its weights.
+
+    flops: of a forward pass over one picture; None where they aren't counted.
+    """
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizers: list[Optimizer]
+    flops: float | None = None
+
+
+def run(shape: Shape, machine: Machine, device: torch.device, batch: int) -> Iterator[TrainResult]:
+    """Measures every contestant, in turns of a few seconds each; yields one result for each."""
+    contestants = {
+        "ours, Muon": _ours(shape, device, "muon", is_compiled=False),
+        "ours, AdamW": _ours(shape, device, "adamw", is_compiled=False),
+        "ours, Muon, compiled": _ours(shape, device, "muon", is_compiled=True),
+        "torch.nn.TransformerEncoder, AdamW": _plain(shape, device),
+    }
+    if can_import("dalle_pytorch"):
+        contestants["DALLE-pytorch, AdamW"] = _dalle_pytorch(shape, device)
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in contestants}
+    peaks: dict[str, int] = {}
+    for name, contestant in contestants.items():
+        for _ in range(_WARM_UP_STEPS):
+            _step(contestant, shape, device, batch)
+        peaks[name] = _peak_bytes(device)
+    for _ in range(_ROUNDS):
+        for name, contestant in contestants.items():
+            began = time.perf_counter()
+            while time.perf_counter() - began < _ROUND_SEC or not times[name]:
+                times[name].append(_step(contestant, shape, device, batch))
+    for name, contestant in contestants.items():
+        yield _result(name, contestant, shape, machine, batch, times[name], peaks[name])
+
+
+def _step(contestant: Contestant, shape: Shape, device: torch.device, batch: int) -> tuple[float, ...]:
+    """One training step; seconds of each phase."""
+    marks = [time.perf_counter()]
+
+    def mark() -> None:
+        synchronize(device)
+        marks.append(time.perf_counter())
+
+    text = torch.randint(10, shape.text_vocab, (batch, shape.text_length)).to(device)
+    image = torch.randint(shape.image_vocab, (batch, shape.num_image_tokens)).to(device)
+    mark()
+    with autocast(device, torch.bfloat16):
+        loss = contestant.loss(text, image)
+    mark()
+    loss.backward()  # type: ignore[no-untyped-call]
+    mark()
+    parameters = [p for optimizer in contestant.optimizers for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+    for optimizer in contestant.optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    mark()
+    return tuple(after - before for before, after in pairwise(marks))
+
+
+def _result(
+    name: str,
+    contestant: Contestant,
+    shape: Shape,
+    machine: Machine,
+    batch: int,
+    times: Sequence[tuple[float, ...]],
+    peak_bytes: int,
+) -> TrainResult:
+    totals = sorted(sum(step) for step in times)
+    seconds = totals[len(totals) // 2]
+    whole = sum(totals)
+    shares = {phase: sum(step[index] for step in times) / whole for index, phase in enumerate(PHASES)}
+    tokens = batch * (shape.text_length + shape.num_image_tokens)
+    mfu = None
+    if contestant.flops is not None:
+        mfu = (1 + BACKWARD_FACTOR) * contestant.flops * batch / seconds / machine.flops["bfloat16"]
+    return TrainResult(name, batch, seconds, tokens / seconds, shares, mfu, peak_bytes)
+
+
+def _ours(shape: Shape, device: torch.device, optimizer: str, *, is_compiled: bool) -> Contestant:
+    dalle = build(shape, device).train()
+    config = StageConfig.model_validate({"optimizer": optimizer})
+    if is_compiled:
+        dalle.compile_blocks()
+
+    def loss(text: Tensor, image: Tensor) -> Tensor:
+        losses = dalle.loss(text, image)
+        return losses.total(0.125, losses.num_text, losses.num_image)
+
+    return Contestant(loss, build_optimizers(dalle, config), _flops(loss, shape, device))
+
+
+def _flops(loss: Callable[[Tensor, Tensor], Tensor], shape: Shape, device: torch.device) -> float:
+    """Operations of a forward pass over one picture."""
+    text = torch.full((1, shape.text_length), 10, device=device)
+    image = torch.zeros((1, shape.num_image_tokens), dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss(text, image)
+    return float(counter.get_total_flops())
+
+
+class _Plain(nn.Module):
+    """What one writes down first: one vocabulary, learned positions, PyTorch's own layers and causal mask."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.first_image_id = shape.text_vocab
+        length = shape.text_length + shape.num_image_tokens
+        self.embedding = nn.Embedding(shape.text_vocab + shape.image_vocab, shape.dim)
+        self.position = nn.Parameter(torch.zeros(length, shape.dim))
+        layer = nn.TransformerEncoderLayer(
+            shape.dim, shape.heads, 4 * shape.dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, shape.layers, enable_nested_tensor=False)
+        self.head = nn.Linear(shape.dim, shape.text_vocab + shape.image_vocab)
+
+    def forward(self, text: Tensor, image: Tensor) -> Tensor:
+        """The mean negative log-likelihood of all tokens but the first."""
+        ids = torch.cat([text, image + self.first_image_id], dim=1)
+        x = self.embedding(ids[:, :-1]) + self.position[: ids.shape[1] - 1]
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
+        logits = self.head(self.layers(x, mask=mask, is_causal=True))
+        return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _plain(shape: Shape, device: torch.device) -> Contestant:
+    model = _Plain(shape).to(device)
+    return Contestant(model, [torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)])
+
+
+def _dalle_pytorch(shape: Shape, device: torch.device) -> Contestant:
+    import dalle_pytorch
+
+    vae = dalle_pytorch.DiscreteVAE(
+        image_size=8 * shape.grid_size, num_layers=3, num_tokens=shape.image_vocab, codebook_dim=64, hidden_dim=32
+    )
+    model = dalle_pytorch.DALLE(
+        dim=shape.dim,
+        vae=vae,
+        num_text_tokens=shape.text_vocab,
+        text_seq_len=shape.text_length,
+        depth=shape.layers,
+        heads=shape.heads,
+        dim_head=shape.dim // shape.heads,
+    ).to(device)
+
+    def loss(text: Tensor, image: Tensor) -> Tensor:
+        value: Tensor = model(text, image, return_loss=True)
+        return value
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return Contestant(loss, [torch.optim.AdamW(parameters, lr=1e-3, fused=True)])
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def as_json(shape: Shape, machine: Machine, results: Sequence[TrainResult]) -> dict[str, Any]:
+    """Everything in plain values, with how many times as many tokens a second our best takes as each peer."""
+    best = max(result.tokens_per_sec for result in results if result.name.startswith("ours"))
+    return {
+        "shape": asdict(shape),
+        "machine": asdict(machine),
+        "torch": torch.__version__,
+        "results": [asdict(result) for result in results],
+        "ratios": {r.name: best / r.tokens_per_sec for r in results if not r.name.startswith("ours")},
+    }

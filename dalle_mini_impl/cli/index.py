@@ -1,0 +1,65 @@
+"""``dalle-mini index``: embeds the pictures of a folder, once, so that they can be searched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures; those in folders below it, too.")],
+    place: Annotated[Path | None, typer.Option("--index", help="Where the index goes. (default FOLDER/.index)")] = None,
+    checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hub id, with a CLIP.")] = "emoji",
+) -> None:
+    """Embed a folder's pictures for `dalle-mini search`; again, and only what is new or changed is embedded."""
+    import torch
+
+    from dalle_mini_impl.classify import encode_pictures
+    from dalle_mini_impl.cli.pictures import READ_AT_ONCE, clip_of, find_pictures, read_pictures
+    from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.pretrained import load_bundle
+    from dalle_mini_impl.search import ENTRIES, PictureIndex
+    from dalle_mini_impl.training.progress import counting
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of pictures")
+    bundle = load_bundle(checkpoint, process_state().device)
+    clip = clip_of(bundle)
+    folder, place = folder.resolve(), default_place(folder) if place is None else place
+    before = PictureIndex(folder, bundle.checkpoint_hash, [], torch.zeros(0, 1))
+    if (place / ENTRIES).is_file():
+        found = PictureIndex.load(place)
+        if found.folder == folder and found.checkpoint_hash == bundle.checkpoint_hash:
+            before = found
+        else:
+            what = "another folder" if found.folder != folder else "another checkpoint's CLIP"
+            typer.echo(f"{place} is an index of {what}: all pictures are embedded anew", err=True)
+    paths = find_pictures([folder])
+    with counting("embedding pictures") as progress:
+        done = 0
+
+        def embed(part: Sequence[Path]) -> tuple[list[Path], Tensor]:
+            nonlocal done
+            read, pictures = read_pictures(part, bundle)
+            done += len(part)
+            progress(done, len(paths))
+            return read, encode_pictures(clip, pictures) if read else torch.zeros(0, 1)
+
+        after, changes = before.updated(paths, embed, READ_AT_ONCE)
+    after.save(place)
+    typer.echo(
+        f"{len(after.entries)} pictures in {place}: {changes.added} embedded, {changes.kept} as they were, "
+        f"{changes.removed} gone, {changes.unreadable} left out"
+    )
+
+
+def default_place(folder: Path) -> Path:
+    """Where the index of a folder is unless told otherwise."""
+    return folder.resolve() / ".index"

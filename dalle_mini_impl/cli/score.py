@@ -1,0 +1,42 @@
+"""``dalle-mini score``: how well captions fit pictures, by every score that a checkpoint has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def score(
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
+    caption: Annotated[list[str], typer.Option(help="A caption; give several to compare them.")],
+    checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hub id.")] = "emoji",
+    out: Annotated[Path | None, typer.Option(help="File for a JSON line a picture and caption.")] = None,
+) -> None:
+    """Score captions against pictures; the best caption of each picture comes first.
+
+    score is what `sample` ranks by. clip_score is CLIP's cosine. read_score is log p(caption | picture) in nats, of
+    checkpoints that learned to read. log_likelihood is log p(picture | caption) in nats, over the picture's tokens.
+    """
+    from dalle_mini_impl.cli.pictures import find_pictures, read_in_parts
+    from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.files import write_atomically
+    from dalle_mini_impl.pipeline import TextToImage
+
+    model = TextToImage.from_pretrained(checkpoint, process_state().device)
+    rows: list[dict[str, Any]] = []
+    for paths, images in read_in_parts(find_pictures(pictures), model.bundle):
+        for path, image in zip(paths, images, strict=True):
+            scores = model.score(image.expand(len(caption), -1, -1, -1), caption)
+            rows += [{"file": str(path), **asdict(item)} for item in sorted(scores, key=lambda item: -item.score)]
+    if not rows:
+        raise ValueError("there is no readable picture")
+    for row in rows:
+        numbers = [f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float)]
+        typer.echo(f"{row['file']}  {row['caption']!r}: {', '.join(numbers)}")
+    if out is not None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(out, lambda part: part.write_text(text, encoding="utf-8"))

@@ -1,0 +1,79 @@
+"""``dalle-mini search``: the pictures of an index that are nearest to a text, or to a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dalle_mini_impl.pretrained import Bundle
+
+
+def search(
+    text: Annotated[str | None, typer.Argument(help='What to look for, "a red circle".')] = None,
+    place: Annotated[Path, typer.Option("--index", help="An index, or the folder that was indexed.")] = Path(),
+    like: Annotated[Path | None, typer.Option(help="Look for pictures like this one; with a text, for both.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Pictures to find.")] = 12,
+    checkpoint: Annotated[str, typer.Option(help="The one that made the index.")] = "emoji",
+    out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and sheet.png.")] = None,
+) -> None:
+    """Find pictures by what they show: prints score and file, best first."""
+    from dalle_mini_impl.cli.index import default_place
+    from dalle_mini_impl.cli.pictures import read_square
+    from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.files import write_atomically
+    from dalle_mini_impl.pretrained import load_bundle
+    from dalle_mini_impl.search import ENTRIES, PictureIndex
+    from dalle_mini_impl.sheet import contact_sheet, save_sheet
+
+    if text is None and like is None:
+        raise ValueError('give a text, dalle-mini search "a red circle", or a picture with --like')
+    if not (place / ENTRIES).is_file():
+        place = default_place(place)
+    index = PictureIndex.load(place)
+    bundle = load_bundle(checkpoint, process_state().device)
+    if index.checkpoint_hash != bundle.checkpoint_hash:
+        raise ValueError(
+            f"{place} was made by another checkpoint ({index.checkpoint_hash}, not {bundle.checkpoint_hash}): "
+            f"give its --checkpoint, or index again"
+        )
+    hits = index.search(query_vector(bundle, text, like), top)
+    for hit in hits:
+        typer.echo(f"{hit.score:.4f}  {hit.path}")
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"rank": rank, "score": hit.score, "file": str(hit.path)}, ensure_ascii=False)
+        for rank, hit in enumerate(hits, start=1)
+    ]
+    written = "\n".join(lines) + "\n"
+    write_atomically(out / "results.jsonl", lambda part: part.write_text(written, encoding="utf-8"))
+    cells = [(read_square(hit.path, bundle), f"{hit.score:.3f} {hit.path.name}") for hit in hits if hit.path.is_file()]
+    title = " + ".join([*([text] if text is not None else []), *([f"like {like.name}"] if like is not None else [])])
+    save_sheet(contact_sheet([(title, cells)]), out / "sheet.png")
+
+
+def query_vector(bundle: Bundle, text: str | None, like: Path | None) -> Tensor:
+    """The unit vector (E,) of a text, of a picture, or half-way between both."""
+    import torch
+    import torch.nn.functional as F
+
+    from dalle_mini_impl.classify import encode_pictures, encode_texts
+    from dalle_mini_impl.cli.pictures import clip_of, read_pictures
+
+    clip = clip_of(bundle)
+    vectors = []
+    if text is not None:
+        vectors.append(encode_texts(clip, bundle.tokenizer, [text]))
+    if like is not None:
+        read, pictures = read_pictures([like], bundle)
+        if not read:
+            raise ValueError(f"{like} can't be read")
+        vectors.append(encode_pictures(clip, pictures))
+    return F.normalize(torch.cat(vectors).sum(dim=0), dim=0)

