@@ -91,9 +91,10 @@ class CLIP(nn.Module):
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0)) if siglip else None
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The weights of both transformers' linear layers, which Muon may train."""
+        """Kernels of the stem and weights of both transformers' linear layers, which Muon may train."""
+        kernels = [p for p in self.image_tower.stem.parameters() if p.ndim == 4]
         towers = (self.image_tower.blocks, self.text_tower.blocks)
-        return [p for tower in towers for p in tower.parameters() if p.ndim == 2]
+        return [*kernels, *(p for tower in towers for p in tower.parameters() if p.ndim == 2)]
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] to unit vectors (B, E), fp32."""
