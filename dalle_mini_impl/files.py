@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,6 +57,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Writes JSON atomically, indented, keys in their own order."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json_lines(path: Path, values: Iterable[object]) -> None:
+    """Writes JSON atomically, a line a value."""
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.clip import CLIP
+from dalle_mini_impl.embed import encode_pictures, encode_texts
 from dalle_mini_impl.text import TextTokenizer
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -17,24 +18,18 @@ FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 CURVE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-@torch.no_grad()
 def score_pairs(
     clip: CLIP, tokenizer: TextTokenizer, pictures: Tensor, prompts: Sequence[str], batch_size: int = 64
 ) -> Tensor:
     """Cosine similarity (n,) float32 in [-1, 1] of picture i, (n, 3, S, S) in [0, 1], and prompts[i]."""
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures came with {len(prompts)} prompts: give as many")
-    device = clip.logit_scale.device
+    if not prompts:
+        return torch.zeros(0)
     unique = list(dict.fromkeys(prompts))
-    texts, _ = tokenizer.batch(unique, clip.text_length)
-    text_vectors = torch.cat([clip.encode_text(part.to(device)) for part in _batches(texts, batch_size)] or [texts])
-    owner = torch.tensor([unique.index(prompt) for prompt in prompts], dtype=torch.long, device=device)
-    scores = torch.zeros(len(pictures))
-    for first in range(0, len(pictures), batch_size):
-        part = slice(first, first + batch_size)
-        vectors = clip.encode_image(pictures[part].to(device))  # (b, E)
-        scores[part] = (vectors * text_vectors[owner[part]]).sum(dim=1).float().cpu()
-    return scores
+    text_vectors = encode_texts(clip, tokenizer, unique, batch_size)
+    owner = torch.tensor([unique.index(prompt) for prompt in prompts], dtype=torch.long)
+    return (encode_pictures(clip, pictures, batch_size) * text_vectors[owner]).sum(dim=1)
 
 
 def rank_pictures(clip: CLIP, tokenizer: TextTokenizer, pictures: Tensor, prompt: str, batch_size: int = 64) -> Tensor:
@@ -102,7 +97,3 @@ def best_of_n_curve(
         low, high = np.percentile(values[draws].mean(axis=1), [tail, 100 - tail])
         points.append(CurvePoint(size=size, mean=float(values.mean()), low=float(low), high=float(high)))
     return points
-
-
-def _batches(rows: Tensor, batch_size: int) -> list[Tensor]:
-    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]

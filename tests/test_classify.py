@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from dalle_mini_impl import TextToImage
-from dalle_mini_impl.classify import ZeroShotClassifier, encode_pictures, encode_texts
+from dalle_mini_impl.classify import ZeroShotClassifier
 from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.cli.classify import confusion_picture, count, read_labels
+from dalle_mini_impl.embed import encode_pictures, encode_texts
 from dalle_mini_impl.pretrained import Bundle
 from tests.tiny import tiny_bundle, tiny_checkpoint
 

@@ -24,6 +24,7 @@ LEVELS = [
         "engine",
         "editing",
         "data",
+        "embed",
         "rerank",
         "classify",
         "search",
@@ -47,6 +48,8 @@ WITHIN_A_LEVEL = {
     ("cli", "bench"),
     ("cli", "estimate"),
     ("bench", "estimate"),
+    ("rerank", "embed"),
+    ("classify", "embed"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

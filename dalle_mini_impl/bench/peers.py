@@ -100,14 +100,14 @@ def _transformers(shape: Shape, family: str, cache: str, device: torch.device, d
     return draw
 
 
-def _dalle_pytorch(shape: Shape, device: torch.device, dtype: torch.dtype) -> Draw:
-    """Its best path: with its cache, which only `cond_scale != 1` uses (its null pass then reads the wrong cache)."""
+def build_dalle_pytorch(shape: Shape, device: torch.device) -> Any:
+    """DALLE-pytorch's model of that shape with random weights."""
     import dalle_pytorch
 
     vae = dalle_pytorch.DiscreteVAE(
         image_size=8 * shape.grid_size, num_layers=3, num_tokens=shape.image_vocab, codebook_dim=64, hidden_dim=32
     )
-    model = dalle_pytorch.DALLE(
+    return dalle_pytorch.DALLE(
         dim=shape.dim,
         vae=vae,
         num_text_tokens=shape.text_vocab,
@@ -115,8 +115,12 @@ def _dalle_pytorch(shape: Shape, device: torch.device, dtype: torch.dtype) -> Dr
         depth=shape.layers,
         heads=shape.heads,
         dim_head=shape.dim // shape.heads,
-    )
-    model = model.to(device).eval()
+    ).to(device)
+
+
+def _dalle_pytorch(shape: Shape, device: torch.device, dtype: torch.dtype) -> Draw:
+    """Its best path: with its cache, which only `cond_scale != 1` uses (its null pass then reads the wrong cache)."""
+    model = build_dalle_pytorch(shape, device).eval()
 
     def draw(pictures: int) -> object:
         text = torch.randint(10, shape.text_vocab, (pictures, shape.text_length), device=device)

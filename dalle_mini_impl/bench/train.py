@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_mini_impl.bench.machine import Machine, synchronize
-from dalle_mini_impl.bench.peers import Shape, can_import
+from dalle_mini_impl.bench.peers import Shape, build_dalle_pytorch, can_import
 from dalle_mini_impl.bench.sample import build
 from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.estimate import BACKWARD_FACTOR
@@ -180,20 +180,7 @@ def _plain(shape: Shape, device: torch.device) -> Contestant:
 
 
 def _dalle_pytorch(shape: Shape, device: torch.device) -> Contestant:
-    import dalle_pytorch
-
-    vae = dalle_pytorch.DiscreteVAE(
-        image_size=8 * shape.grid_size, num_layers=3, num_tokens=shape.image_vocab, codebook_dim=64, hidden_dim=32
-    )
-    model = dalle_pytorch.DALLE(
-        dim=shape.dim,
-        vae=vae,
-        num_text_tokens=shape.text_vocab,
-        text_seq_len=shape.text_length,
-        depth=shape.layers,
-        heads=shape.heads,
-        dim_head=shape.dim // shape.heads,
-    ).to(device)
+    model = build_dalle_pytorch(shape, device)
 
     def loss(text: Tensor, image: Tensor) -> Tensor:
         value: Tensor = model(text, image, return_loss=True)

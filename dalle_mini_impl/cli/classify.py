@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,11 +98,10 @@ def _plain(label: str) -> str:
 
 
 def _write(out: Path, rows: Sequence[dict[str, Any]], names: Sequence[str], confusion: list[list[int]] | None) -> None:
-    from dalle_mini_impl.files import naming, write_atomically
+    from dalle_mini_impl.files import naming, write_json_lines
 
     out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(out / "labels.jsonl", lambda part: part.write_text(text, encoding="utf-8"))
+    write_json_lines(out / "labels.jsonl", rows)
     if confusion is not None:
         with naming(out / "confusion.png"):
             confusion_picture(confusion, names).save(out / "confusion.png")

@@ -21,9 +21,9 @@ def index(
     """Embed a folder's pictures for `dalle-mini search`; again, and only what is new or changed is embedded."""
     import torch
 
-    from dalle_mini_impl.classify import encode_pictures
     from dalle_mini_impl.cli.pictures import READ_AT_ONCE, clip_of, find_pictures, read_pictures
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.embed import encode_pictures
     from dalle_mini_impl.pretrained import load_bundle
     from dalle_mini_impl.search import ENTRIES, PictureIndex
     from dalle_mini_impl.training.progress import counting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,7 +61,7 @@ def rerank(
 def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) -> None:
     """Prints the ranking and, with `out`, writes ranking.jsonl and sheet.png, the contact sheet of the best."""
     from dalle_mini_impl.cli.pictures import read_square
-    from dalle_mini_impl.files import write_atomically
+    from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
     ranking = score_folder(bundle, folder, prompt)
@@ -72,11 +71,10 @@ def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) ->
         return
     out.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({"rank": rank, "clip_score": score, "file": str(path), "prompt": prompt}, ensure_ascii=False)
+        {"rank": rank, "clip_score": score, "file": str(path), "prompt": prompt}
         for rank, (score, path) in enumerate(ranking, start=1)
     ]
-    text = "\n".join(lines) + "\n"
-    write_atomically(out / "ranking.jsonl", lambda part: part.write_text(text, encoding="utf-8"))
+    write_json_lines(out / "ranking.jsonl", lines)
     cells = [(read_square(path, bundle), f"{score:.3f} {path.name}") for score, path in ranking[:_SHEET_PICTURES]]
     save_sheet(contact_sheet([(prompt, cells)]), out / "sheet.png")
 

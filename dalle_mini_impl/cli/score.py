@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ def score(
     """
     from dalle_mini_impl.cli.pictures import find_pictures, read_in_parts
     from dalle_mini_impl.cli.processes import process_state
-    from dalle_mini_impl.files import write_atomically
+    from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.pipeline import TextToImage
 
     model = TextToImage.from_pretrained(checkpoint, process_state().device)
@@ -38,5 +37,4 @@ def score(
         numbers = [f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float)]
         typer.echo(f"{row['file']}  {row['caption']!r}: {', '.join(numbers)}")
     if out is not None:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(out, lambda part: part.write_text(text, encoding="utf-8"))
+        write_json_lines(out, rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +25,7 @@ def search(
     from dalle_mini_impl.cli.index import default_place
     from dalle_mini_impl.cli.pictures import read_square
     from dalle_mini_impl.cli.processes import process_state
-    from dalle_mini_impl.files import write_atomically
+    from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.pretrained import load_bundle
     from dalle_mini_impl.search import ENTRIES, PictureIndex
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
@@ -48,12 +47,8 @@ def search(
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps({"rank": rank, "score": hit.score, "file": str(hit.path)}, ensure_ascii=False)
-        for rank, hit in enumerate(hits, start=1)
-    ]
-    written = "\n".join(lines) + "\n"
-    write_atomically(out / "results.jsonl", lambda part: part.write_text(written, encoding="utf-8"))
+    lines = [{"rank": rank, "score": hit.score, "file": str(hit.path)} for rank, hit in enumerate(hits, start=1)]
+    write_json_lines(out / "results.jsonl", lines)
     cells = [(read_square(hit.path, bundle), f"{hit.score:.3f} {hit.path.name}") for hit in hits if hit.path.is_file()]
     title = " + ".join([*([text] if text is not None else []), *([f"like {like.name}"] if like is not None else [])])
     save_sheet(contact_sheet([(title, cells)]), out / "sheet.png")
@@ -64,8 +59,8 @@ def query_vector(bundle: Bundle, text: str | None, like: Path | None) -> Tensor:
     import torch
     import torch.nn.functional as F
 
-    from dalle_mini_impl.classify import encode_pictures, encode_texts
     from dalle_mini_impl.cli.pictures import clip_of, read_pictures
+    from dalle_mini_impl.embed import encode_pictures, encode_texts
 
     clip = clip_of(bundle)
     vectors = []

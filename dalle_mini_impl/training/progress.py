@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from dalle_mini_impl.files import naming, write_atomically
+from dalle_mini_impl.files import naming, write_json_lines
 from dalle_mini_impl.training.budget import format_duration
 
 logger = logging.getLogger("dalle_mini_impl.training")
@@ -47,8 +47,7 @@ class MetricsLog:
             return
         kept = [line for line in map(_parse, self.path.read_text(encoding="utf-8").splitlines()) if line is not None]
         kept = [line for line in kept if line["stage"] != stage or line["step"] <= step]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        write_atomically(self.path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_json_lines(self.path, kept)
 
 
 def _parse(line: str) -> dict[str, Any] | None:
