@@ -7,7 +7,7 @@ pictures[0].image.save("heart.png")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +20,11 @@ from torch import Tensor
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.pictures import to_rgb, to_square
+from dalle_mini_impl.decoding import Partial
 from dalle_mini_impl.editing import keep_first, keep_outside
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
 from dalle_mini_impl.rerank import score_pairs
-from dalle_mini_impl.sampling import resolve_precision, sample_rows
+from dalle_mini_impl.sampling import Samples, resolve_precision, sample_rows, stream_rows
 from dalle_mini_impl.sheet import to_pil
 from dalle_mini_impl.vae.model import DiscreteVAE
 
@@ -34,6 +35,7 @@ DEFAULT_KEEP = 4
 LIKELIHOOD_WEIGHT = 0.03
 """Of the picture's own log-likelihood in its score: 0.01 to 0.1 ranks better than 0, on shapes and on emoji."""
 _DECODE_BATCH = 32
+_UNDRAWN = (200, 200, 200)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,20 @@ class CaptionScores:
     clip_score: float | None
     read_score: float | None
     log_likelihood: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """The pictures of a prompt while they are drawn.
+
+    images: every candidate, grey where nothing is drawn yet. done, total: image tokens. ranked: None until all are
+    drawn, then the best of them, best first.
+    """
+
+    images: list[Image.Image]
+    done: int
+    total: int
+    ranked: list[RankedPicture] | None = None
 
 
 class TextToImage:
@@ -215,6 +231,87 @@ class TextToImage:
             batch_size=batch_size,
             progress=progress,
         )
+        return self._scored(samples, prompts, text_ids, jobs, seed)
+
+    def stream(
+        self,
+        prompt: str,
+        candidates: int = 16,
+        keep: int | None = None,
+        seed: int = 0,
+        *,
+        settings: SamplingConfig | None = None,
+        known: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Drawing]:
+        """Draws as a call does, and shows the pictures whenever another row of their grids is done.
+
+        The last `Drawing` has them ranked, and they are those that a call with the same arguments returns.
+        """
+        keep = check_counts(candidates, keep)
+        jobs = [(0, candidate) for candidate in range(candidates)]
+        text_ids, _ = self.bundle.tokenizer.batch([prompt], self.bundle.stream.text_length)
+        steps = stream_rows(
+            self.dalle,
+            text_ids,
+            [prompt],
+            jobs,
+            seed=seed,
+            settings=settings or self.bundle.recipe.sampling,
+            known=None if known is None else known.expand(candidates, -1),
+            batch_size=batch_size,
+        )
+        samples = yield from self._previews(steps, candidates)
+        pictures = self._scored(samples, [prompt], text_ids, jobs, seed)
+        total = samples.ids.numel()
+        images = [picture.image for picture in pictures]
+        yield Drawing(images=images, done=total, total=total, ranked=rank(pictures, keep))
+
+    def _previews(
+        self, steps: Generator[tuple[list[int], Partial], None, Samples], num_pictures: int
+    ) -> Generator[Drawing, None, Samples]:
+        """A Drawing for each row of grids that is done; returns the samples."""
+        row_tokens, per_picture = self.dalle.stream.grid_size, self.dalle.stream.num_image_tokens
+        images = [self._grey()] * num_pictures
+        shown = 0
+        while True:
+            try:
+                batch, partial = next(steps)
+            except StopIteration as stop:
+                samples: Samples = stop.value
+                return samples
+            done = batch[0] * per_picture + len(batch) * partial.index
+            if done - shown < len(batch) * row_tokens:
+                continue
+            shown = done
+            for place, image in zip(batch, self._unfinished(partial.ids), strict=True):
+                images[place] = image
+            yield Drawing(images=list(images), done=done, total=num_pictures * per_picture)
+
+    def _grey(self) -> Image.Image:
+        size = self.bundle.recipe.data.image_size
+        return Image.new("RGB", (size, size), _UNDRAWN)
+
+    def _unfinished(self, ids: Tensor) -> list[Image.Image]:
+        """Pictures of the first ids (n, k) of their grids; grey in the rows that have none, and after the last."""
+        num_tokens, side = self.dalle.stream.num_image_tokens, self.dalle.stream.grid_size
+        whole = torch.zeros(len(ids), num_tokens, dtype=torch.long, device=ids.device)
+        whole[:, : ids.shape[1]] = ids
+        images = self.decode(whole)  # (n, 3, S, S)
+        cell = images.shape[-1] // side
+        drawn = (torch.arange(num_tokens, device=images.device) < ids.shape[1]).view(side, side)
+        mask = drawn.repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (S, S)
+        return to_pil(torch.where(mask, images, _UNDRAWN[0] / 255))
+
+    def _scored(
+        self,
+        samples: Samples,
+        prompts: Sequence[str],
+        text_ids: Tensor,
+        jobs: Sequence[tuple[int, int]],
+        seed: int,
+    ) -> list[RankedPicture]:
+        """Drawn tokens of (prompt index, candidate number) jobs as pictures with their scores, not ranked yet."""
         assert samples.log_ratio is not None and samples.log_likelihood is not None
         pictures = []
         for first in range(0, len(jobs), _DECODE_BATCH):

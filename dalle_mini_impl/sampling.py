@@ -8,7 +8,7 @@ several at a time (`window`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -112,6 +112,48 @@ def sample_rows(
     log-likelihood of the drawn tokens and its ratio to that without the caption; both are free with guidance and cost
     one more pass over each picture without.
     """
+    steps = stream_rows(
+        dalle,
+        text_ids,
+        prompts,
+        rows,
+        seed=seed,
+        settings=settings,
+        known=known,
+        window=window,
+        fixed=fixed,
+        batch_size=batch_size,
+        log_ratio=log_ratio,
+    )
+    done, total = 0, len(rows) * dalle.stream.num_image_tokens
+    while True:
+        try:
+            batch, partial = next(steps)
+        except StopIteration as stop:
+            samples: Samples = stop.value
+            return samples
+        if progress is not None:
+            progress(done + len(batch) * partial.index, total)
+        if partial.index == dalle.stream.num_image_tokens:
+            done += len(batch) * partial.index
+
+
+def stream_rows(
+    dalle: DALLE,
+    text_ids: Tensor,
+    prompts: Sequence[str],
+    rows: Rows,
+    *,
+    seed: int,
+    settings: SamplingConfig,
+    known: Tensor | None = None,
+    window: int | None = None,
+    fixed: FixedShapes = None,
+    batch_size: int | None = None,
+    log_ratio: bool = True,
+) -> Generator[tuple[list[int], Partial], None, Samples]:
+    """`sample_rows` step by step: yields the places in `rows` that are being drawn and how far they are, micro-batch
+    after micro-batch, and returns what `sample_rows` does."""
     engine = _pack(dalle, settings, fixed)
     _check(dalle.stream, text_ids, prompts, rows, known, window)
     batch_size = fitting_batch_size(dalle, settings) if batch_size is None else batch_size
@@ -120,7 +162,6 @@ def sample_rows(
     num_tokens = dalle.stream.num_image_tokens
     ids = torch.empty((len(rows), num_tokens), dtype=torch.long)
     ratios, likelihoods = torch.zeros(len(rows)), torch.zeros(len(rows))
-    done = 0
     for batch in _micro_batches(dalle.stream, text_ids, rows, batch_size):
         used = sorted({rows[place][0] for place in batch})
         for partial in stream_tokens(
@@ -134,9 +175,7 @@ def sample_rows(
             window=window,
             fixed=fixed,
         ):
-            if progress is not None:
-                progress(done + len(batch) * partial.index, len(rows) * num_tokens)
-        done += len(batch) * num_tokens
+            yield batch, partial
         ids[batch] = partial.ids.cpu()
         if not log_ratio:
             continue

@@ -47,6 +47,8 @@ WITHIN_A_LEVEL = {
     ("cli", "evaluate"),
     ("cli", "bench"),
     ("cli", "estimate"),
+    ("cli", "web"),
+    ("web", "cli"),
     ("bench", "estimate"),
     ("rerank", "embed"),
     ("classify", "embed"),
@@ -121,7 +123,7 @@ def test_importing_every_module_changes_nothing(tmp_path: Path) -> None:
 import sys; sys.path.insert(0, {str(ROOT.parent)!r})
 import json, logging, os, random, warnings
 # Loaded first, since what others do is not ours: rich, for one, draws random numbers for its styles.
-import accelerate, datasets, matplotlib.pyplot, numpy, rich.progress, torch, typer
+import accelerate, datasets, gradio, matplotlib.pyplot, numpy, rich.progress, torch, typer
 def state():
     return dict(grad=torch.is_grad_enabled(), dtype=str(torch.get_default_dtype()), threads=torch.get_num_threads(),
         rng=torch.get_rng_state().tolist(), python=str(random.getstate()), numpy=str(numpy.random.get_state()),

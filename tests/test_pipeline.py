@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,27 @@ def test_every_sampler_option_does_something(model: TextToImage, change: dict[st
     changed = model(PROMPT, candidates=4, keep=4, **change)  # type: ignore[arg-type]
     tokens = [{picture.candidate: picture.tokens.tolist() for picture in pictures} for pictures in (plain, changed)]
     assert tokens[0] != tokens[1]
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_what_is_watched_ends_as_what_is_called(model: TextToImage, batch_size: int | None) -> None:
+    called = model(PROMPT, candidates=5, keep=3, seed=2)
+    *previews, last = model.stream(PROMPT, candidates=5, keep=3, seed=2, batch_size=batch_size)
+    assert last.ranked is not None and last.done == last.total == 5 * 16
+    assert [picture.candidate for picture in last.ranked] == [picture.candidate for picture in called]
+    for ours, theirs in zip(last.ranked, called, strict=True):
+        assert torch.equal(ours.tokens, theirs.tokens) and ours.score == pytest.approx(theirs.score, abs=1e-4)
+    batches = 1 if batch_size is None else 3
+    assert batches <= len(previews) <= 4 * batches  # a row of the grid each, or more where several tokens come at once
+    done = [preview.done for preview in previews]
+    assert done == sorted(set(done)) and all(preview.ranked is None for preview in previews)
+
+
+def test_a_preview_is_grey_where_nothing_is_drawn_yet(model: TextToImage) -> None:
+    first = next(model.stream(PROMPT, candidates=3))
+    pixels = np.stack([np.asarray(image) for image in first.images])  # (3, 16, 16, 3)
+    assert (pixels[:, 4:] == 200).all()
+    assert (pixels[:, :4] != 200).any()
 
 
 def test_bad_options_name_value_and_limit(model: TextToImage) -> None:

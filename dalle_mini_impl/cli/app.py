@@ -24,6 +24,7 @@ VERBS = {
     "score": "Say how well captions fit pictures.",
     "index": "Embed a folder's pictures, so that they can be searched.",
     "search": "Find pictures of an index by what they show.",
+    "web": "Serve a page to draw, watch, vary, classify and search.",
     "replay": "Draw a picture again from the settings inside its file.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
     "estimate": "Say what a recipe costs: parameters, memory, time.",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -158,22 +158,16 @@ def _write(
     known: Tensor | None,
 ) -> int:
     """Writes PNGs, results.jsonl and the sheets as the pictures come; returns the number of pictures kept."""
-    from dalle_mini_impl import __version__
     from dalle_mini_impl.sheet import Row, contact_sheet, save_sheet
 
-    common = {
-        "settings": settings.model_dump(),
-        "checkpoint": checkpoint,
-        "checkpoint_hash": model.bundle.checkpoint_hash,
-        "package_version": __version__,
-        "known": None if known is None else known.tolist(),
-    }
+    common = common_facts(model, checkpoint, settings, known)
     rows: list[Row] = []
     num_kept = 0
     with (out / "results.jsonl").open("w", encoding="utf-8") as results:
         for number, pictures in enumerate(ranked, start=1):
             for picture in pictures:
-                _write_picture(picture, number, out, common, results)
+                facts = write_picture(picture, number, out, common)
+                results.write(json.dumps(facts, ensure_ascii=False) + "\n")
             num_kept += len(pictures)
             rows.append((pictures[0].prompt, [(picture.image, _label(picture)) for picture in pictures]))
             if len(rows) == _SHEET_ROWS:
@@ -184,8 +178,21 @@ def _write(
     return num_kept
 
 
-def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[str, Any], results: TextIO) -> None:
-    """Writes one PNG with its settings inside and its line in results.jsonl."""
+def common_facts(model: TextToImage, checkpoint: str, settings: SamplingConfig, known: Tensor | None) -> dict[str, Any]:
+    """What a PNG says of how it was drawn, the same for all pictures of a call; `replay` reads it."""
+    from dalle_mini_impl import __version__
+
+    return {
+        "settings": settings.model_dump(),
+        "checkpoint": checkpoint,
+        "checkpoint_hash": model.bundle.checkpoint_hash,
+        "package_version": __version__,
+        "known": None if known is None else known.tolist(),
+    }
+
+
+def write_picture(picture: RankedPicture, number: int, out: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """Writes one PNG of prompt `number` with its settings inside; returns its line of results.jsonl."""
     from dalle_mini_impl.sheet import save_png, slug
 
     file = f"{number:03d}-{slug(picture.prompt)}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}.png"
@@ -202,7 +209,7 @@ def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[
         "read_score": picture.read_score,
     }
     save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist()})
-    results.write(json.dumps(facts, ensure_ascii=False) + "\n")
+    return facts
 
 
 def _sheet_path(out: Path, last_prompt: int) -> Path:

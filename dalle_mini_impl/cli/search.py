@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dalle_mini_impl.pretrained import Bundle
+    from dalle_mini_impl.search import PictureIndex
 
 
 def search(
@@ -22,25 +23,16 @@ def search(
     out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and sheet.png.")] = None,
 ) -> None:
     """Find pictures by what they show: prints score and file, best first."""
-    from dalle_mini_impl.cli.index import default_place
     from dalle_mini_impl.cli.pictures import read_square
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.pretrained import load_bundle
-    from dalle_mini_impl.search import ENTRIES, PictureIndex
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
     if text is None and like is None:
         raise ValueError('give a text, dalle-mini search "a red circle", or a picture with --like')
-    if not (place / ENTRIES).is_file():
-        place = default_place(place)
-    index = PictureIndex.load(place)
     bundle = load_bundle(checkpoint, process_state().device)
-    if index.checkpoint_hash != bundle.checkpoint_hash:
-        raise ValueError(
-            f"{place} was made by another checkpoint ({index.checkpoint_hash}, not {bundle.checkpoint_hash}): "
-            f"give its --checkpoint, or index again"
-        )
+    index = open_index(place, bundle)
     hits = index.search(query_vector(bundle, text, like), top)
     for hit in hits:
         typer.echo(f"{hit.score:.4f}  {hit.path}")
@@ -52,6 +44,22 @@ def search(
     cells = [(read_square(hit.path, bundle), f"{hit.score:.3f} {hit.path.name}") for hit in hits if hit.path.is_file()]
     title = " + ".join([*([text] if text is not None else []), *([f"like {like.name}"] if like is not None else [])])
     save_sheet(contact_sheet([(title, cells)]), out / "sheet.png")
+
+
+def open_index(place: Path, bundle: Bundle) -> PictureIndex:
+    """An index, or that of an indexed folder; ValueError where there is none, or another checkpoint made it."""
+    from dalle_mini_impl.cli.index import default_place
+    from dalle_mini_impl.search import ENTRIES, PictureIndex
+
+    if not (place / ENTRIES).is_file():
+        place = default_place(place)
+    index = PictureIndex.load(place)
+    if index.checkpoint_hash != bundle.checkpoint_hash:
+        raise ValueError(
+            f"{place} was made by another checkpoint ({index.checkpoint_hash}, not {bundle.checkpoint_hash}): "
+            f"give its --checkpoint, or index again"
+        )
+    return index
 
 
 def query_vector(bundle: Bundle, text: str | None, like: Path | None) -> Tensor:

@@ -1,0 +1,36 @@
+"""``dalle-mini web``: the web page of a checkpoint, served on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def web(
+    checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
+    place: Annotated[Path | None, typer.Option("--index", help="An index, or the folder that was indexed.")] = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 7860,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures. (default a temporary one)")] = None,
+) -> None:
+    """Serve a page to draw, watch, vary, classify and search; Ctrl-C ends it."""
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise ValueError("the page is served by Gradio: pip install 'dalle-mini-impl[web]'") from None
+    from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.cli.search import open_index
+    from dalle_mini_impl.pipeline import TextToImage
+    from dalle_mini_impl.web import build_page
+
+    model = TextToImage.from_pretrained(checkpoint, process_state().device)
+    index = None if place is None else open_index(place, model.bundle)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    page = build_page(model, checkpoint, index=index, files=out)
+    allowed = [str(out.resolve())] if out is not None else []
+    if index is not None:
+        allowed.append(str(index.folder))
+    page.queue(default_concurrency_limit=1).launch(server_name=host, server_port=port, allowed_paths=allowed)
