@@ -181,6 +181,10 @@ class DALLEConfig(Section):
     reading_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training pictures whose captions are read from the picture, instead of the picture being drawn:
     what a caption's likelihood, a second ranker beside CLIP, is learned from."""
+    image_prefix: Annotated[int, Field(ge=0, le=64)] = 0
+    """Tokens ahead of the caption that stand for CLIP's embedding of the picture (unCLIP's decoder); 0: none."""
+    embedding_dropout: Share = 0.1
+    """Share of picture embeddings dropped in training, where image_prefix asks for them."""
     text_loss_weight: Share = 0.125
     """Weight of the text loss; the image loss has the rest."""
 

@@ -76,6 +76,7 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
         grid_size=recipe.grid_size,
         text_vocab=max(recipe.text.vocab_size, NUM_SPECIAL + 1),
         image_vocab=recipe.vae.num_codes,
+        image_prefix=recipe.dalle.image_prefix,
     )
     with torch.device("meta"):
         vae, clip, dalle = build_vae(recipe), build_clip(recipe, stream), build_dalle(recipe, stream)

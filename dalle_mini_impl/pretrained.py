@@ -66,6 +66,7 @@ def make_stream(recipe: Recipe, tokenizer: TextTokenizer, text_length: int) -> S
         text_vocab=tokenizer.vocab_size,
         image_vocab=recipe.vae.num_codes,
         slot_step=recipe.text.slot_step,
+        image_prefix=recipe.dalle.image_prefix,
     )
 
 
@@ -75,8 +76,8 @@ def build_vae(recipe: Recipe) -> DiscreteVAE:
 
 
 def build_dalle(recipe: Recipe, stream: Stream) -> DALLE:
-    """A fresh DALL·E over `stream` with one view id for each of the recipe's views."""
-    return DALLE(recipe.dalle, stream, num_views=len(recipe.data.views))
+    """A fresh DALL·E over `stream` with one view id for each of the recipe's views, for the recipe's CLIP's space."""
+    return DALLE(recipe.dalle, stream, num_views=len(recipe.data.views), embed_dim=recipe.clip.embed_dim)
 
 
 def build_clip(recipe: Recipe, stream: Stream) -> CLIP:

@@ -3,7 +3,7 @@
 runs/NAME/
   run.json           the recipe and the data that the run belongs to
   data/              pictures and captions, ready for training;  data-report.json
-  cache/             image ids of all pictures
+  cache/             image ids of all pictures, and CLIP's embeddings of them where something is trained on those
   state/STAGE/       resumable state, and a mark when the stage is finished
   checkpoint/        the model so far: what --checkpoint and --init-from take
   samples/           reconstructions and sample sheets of each evaluation
@@ -24,6 +24,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.data.array_cache import Workers
+from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
@@ -234,7 +236,8 @@ class Run:
         if bundle.vae is None:
             raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
         dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
-        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae)
+        embeddings = self.embeddings() if recipe.dalle.image_prefix else None
+        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
 
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
@@ -268,6 +271,35 @@ class Run:
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 barrier=accelerator.wait_for_everyone,
+                progress=progress,
+            )
+
+    def embeddings(self) -> EmbeddingCache:
+        """CLIP's embeddings of all pictures, computed if they aren't there yet. Raises ValueError without a CLIP."""
+        clip, accelerator = self.bundle.clip, self.accelerator
+        if clip is None:
+            raise ValueError(
+                "picture embeddings (dalle.image_prefix) are CLIP's: train --stage clip first, or start from a "
+                "checkpoint with --init-from"
+            )
+        clip.to(accelerator.device).eval()
+        folder, views = self.out / "cache", self.recipe.data.views
+        fingerprint = embedding_fingerprint(clip, self.data.fingerprint, views)
+        cache = EmbeddingCache.open(folder, fingerprint)
+        accelerator.wait_for_everyone()
+        if cache is not None:
+            return cache
+        dtype = autocast_dtype(self.recipe.train.clip.precision, accelerator.device)
+        workers = Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        with counting("embedding pictures", self.is_main) as progress:
+            return EmbeddingCache.build(
+                folder,
+                clip,
+                self.data.pictures,
+                views,
+                fingerprint,
+                autocast=lambda: autocast(accelerator.device, dtype),
+                workers=workers,
                 progress=progress,
             )
 
