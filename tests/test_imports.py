@@ -17,7 +17,7 @@ PACKAGE = "dalle_mini_impl"
 LEVELS = [
     {"config", "stream", "text", "memory", "threads", "files"},
     {"layers", "noise", "filters"},
-    {"vae", "dalle", "clip"},
+    {"vae", "dalle", "clip", "prior"},
     {
         "sampling",
         "decoding",
