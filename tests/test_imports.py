@@ -28,6 +28,7 @@ LEVELS = [
         "rerank",
         "classify",
         "search",
+        "unclip",
         "guided",
         "pretrained",
         "sheet",
@@ -50,6 +51,8 @@ WITHIN_A_LEVEL = {
     ("bench", "estimate"),
     ("rerank", "embed"),
     ("classify", "embed"),
+    ("unclip", "embed"),
+    ("unclip", "pretrained"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

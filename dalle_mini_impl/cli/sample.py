@@ -42,6 +42,13 @@ def sample(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, or auto: bf16 where the device computes in it.")
     ] = None,
+    unclip: Annotated[
+        bool | None,
+        typer.Option("--unclip/--no-unclip", help="By way of a picture embedding. (default where there is a prior)"),
+    ] = None,
+    prior_guidance: Annotated[
+        float | None, typer.Option(help="Strength of the prompt in the prior; 1 is none.")
+    ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="A picture to vary; its own prompt is the default.")
     ] = None,
@@ -71,7 +78,14 @@ def sample(
     state = process_state()
     model = TextToImage.from_pretrained(checkpoint, state.device)
     settings = model.settings(
-        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, precision=precision
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        precision=precision,
+        unclip=unclip,
+        prior_guidance=prior_guidance,
     )
     known = None if origin is None else origin.known(model, share, mask)
     if state.is_main_process:
@@ -158,24 +172,17 @@ def _write(
     known: Tensor | None,
 ) -> int:
     """Writes PNGs, results.jsonl and the sheets as the pictures come; returns the number of pictures kept."""
-    from dalle_mini_impl import __version__
     from dalle_mini_impl.sheet import Row, contact_sheet, save_sheet
 
-    common = {
-        "settings": settings.model_dump(),
-        "checkpoint": checkpoint,
-        "checkpoint_hash": model.bundle.checkpoint_hash,
-        "package_version": __version__,
-        "known": None if known is None else known.tolist(),
-    }
+    common = common_facts(model, checkpoint, settings, known)
     rows: list[Row] = []
     num_kept = 0
     with (out / "results.jsonl").open("w", encoding="utf-8") as results:
         for number, pictures in enumerate(ranked, start=1):
             for picture in pictures:
-                _write_picture(picture, number, out, common, results)
+                write_picture(picture, number, out, common, results)
             num_kept += len(pictures)
-            rows.append((pictures[0].prompt, [(picture.image, _label(picture)) for picture in pictures]))
+            rows.append((pictures[0].prompt, [(picture.image, label(picture)) for picture in pictures]))
             if len(rows) == _SHEET_ROWS:
                 save_sheet(contact_sheet(rows), _sheet_path(out, number))
                 rows = []
@@ -184,11 +191,39 @@ def _write(
     return num_kept
 
 
-def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[str, Any], results: TextIO) -> None:
-    """Writes one PNG with its settings inside and its line in results.jsonl."""
+def common_facts(
+    model: TextToImage, checkpoint: str, settings: SamplingConfig, known: Tensor | None = None
+) -> dict[str, Any]:
+    """What all pictures of a command carry: how to draw them again."""
+    from dalle_mini_impl import __version__
+
+    return {
+        "settings": settings.model_dump(),
+        "checkpoint": checkpoint,
+        "checkpoint_hash": model.bundle.checkpoint_hash,
+        "package_version": __version__,
+        "known": None if known is None else known.tolist(),
+    }
+
+
+def write_picture(
+    picture: RankedPicture,
+    number: int,
+    out: Path,
+    common: dict[str, Any],
+    results: TextIO,
+    *,
+    title: str | None = None,
+    **more: Any,
+) -> None:
+    """Writes one PNG with its settings inside and its line in results.jsonl.
+
+    title: for the file's name, default the prompt. more: facts for both.
+    """
     from dalle_mini_impl.sheet import save_png, slug
 
-    file = f"{number:03d}-{slug(picture.prompt)}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}.png"
+    name = slug(picture.prompt if title is None else title)
+    file = f"{number:03d}-{name}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}.png"
     facts = {
         "prompt": picture.prompt,
         "rank": picture.rank,
@@ -200,8 +235,10 @@ def _write_picture(picture: RankedPicture, number: int, out: Path, common: dict[
         "log_ratio": picture.log_ratio,
         "log_likelihood": picture.log_likelihood,
         "read_score": picture.read_score,
+        **more,
     }
-    save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist()})
+    embedding = None if picture.embedding is None else picture.embedding.tolist()
+    save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist(), "embedding": embedding})
     results.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
 
@@ -211,7 +248,8 @@ def _sheet_path(out: Path, last_prompt: int) -> Path:
     return out / ("sheet.png" if sheet == 1 else f"sheet-{sheet}.png")
 
 
-def _label(picture: RankedPicture) -> str:
+def label(picture: RankedPicture) -> str:
+    """What stands under a picture in a sheet."""
     return f"{picture.score:.3f}  #{picture.candidate}"
 
 
