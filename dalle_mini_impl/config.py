@@ -15,8 +15,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Stage = Literal["clip", "vae", "dalle"]
+Stage = Literal["clip", "vae", "dalle", "prior"]
 STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
+"""What every recipe trains."""
+OPTIONAL_STAGES: tuple[Stage, ...] = ("prior",)
+"""What it trains where it asks for it."""
 View = Literal["plain", "flip"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -181,6 +184,10 @@ class DALLEConfig(Section):
     reading_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training pictures whose captions are read from the picture, instead of the picture being drawn:
     what a caption's likelihood, a second ranker beside CLIP, is learned from."""
+    image_prefix: Annotated[int, Field(ge=0, le=64)] = 0
+    """Tokens ahead of the caption that stand for CLIP's embedding of the picture (unCLIP's decoder); 0: none."""
+    embedding_dropout: Share = 0.1
+    """Share of picture embeddings dropped in training, where image_prefix asks for them."""
     text_loss_weight: Share = 0.125
     """Weight of the text loss; the image loss has the rest."""
 
@@ -188,6 +195,33 @@ class DALLEConfig(Section):
     def _heads_divide(self) -> Self:
         if self.dim % self.heads or (self.dim // self.heads) % 4:
             raise ValueError(f"dalle.dim {self.dim} must be heads {self.heads} times a multiple of 4")
+        return self
+
+
+class PriorConfig(Section):
+    """The prior of unCLIP, from captions to picture embeddings; trained where dalle.image_prefix is above 0."""
+
+    num_dims: Positive | None = None
+    """Principal components of an embedding that are kept; None: a third of clip.embed_dim."""
+    num_buckets: Annotated[int, Field(ge=2, le=4096)] = 256
+    """Values that a component is quantised to, equally frequent in training; DALL·E 2 had 1,024."""
+    num_dot_buckets: Annotated[int, Field(ge=2, le=1024)] = 16
+    """Values of the dot product of caption and picture."""
+    dim: Positive = 192
+    layers: Positive = 4
+    heads: Positive = 3
+    dropout: Share = 0.0
+    caption_dropout: Share = 0.1
+    """Share of captions replaced by the null caption in training, for sampling.prior_guidance."""
+
+    def kept_dims(self, embed_dim: int) -> int:
+        """Components that are kept of a space of so many dimensions."""
+        return self.num_dims or max(1, embed_dim // 3)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"prior.dim {self.dim} must be heads {self.heads} times an even number")
         return self
 
 
@@ -227,11 +261,12 @@ class StageConfig(Section):
 
 
 class TrainConfig(Section):
-    """The three stages."""
+    """The stages."""
 
     clip: StageConfig = StageConfig(steps=1500, budget_share=0.14, batch_size=128)
     vae: StageConfig = StageConfig(steps=4000, budget_share=0.3, batch_size=32)
     dalle: StageConfig = StageConfig(steps=4000, budget_share=0.56, batch_size=64)
+    prior: StageConfig = StageConfig(steps=3000, budget_share=0.12, batch_size=128)
 
 
 class SamplingConfig(Section):
@@ -253,6 +288,15 @@ class SamplingConfig(Section):
     """cosine rises later in the grid where this is above 1."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of weights and cache while drawing; auto is bf16 where the device computes in it, else fp32."""
+    unclip: bool = True
+    """Draw by way of a picture embedding, where the checkpoint has a prior to draw one from the prompt."""
+    prior_draws: Annotated[int, Field(ge=1, le=64)] = 2
+    """Embeddings that the prior draws for each picture; the one nearest to the prompt is kept."""
+    prior_dot: Share = 0.75
+    """How well prompt and picture are to fit: the quantile of training's dot products that the prior is asked for."""
+    prior_temperature: Annotated[float, Field(ge=0)] = 1.0
+    prior_guidance: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance of the prior; 1 means none."""
 
 
 class Recipe(Section):
@@ -265,6 +309,7 @@ class Recipe(Section):
     vae: VAEConfig = VAEConfig()
     clip: CLIPConfig = CLIPConfig()
     dalle: DALLEConfig = DALLEConfig()
+    prior: PriorConfig = PriorConfig()
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -274,6 +319,8 @@ class Recipe(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} is not a multiple of vae.downsample {self.vae.downsample}"
             )
+        if self.prior.kept_dims(self.clip.embed_dim) > self.clip.embed_dim:
+            raise ValueError(f"prior.num_dims {self.prior.num_dims} exceeds clip.embed_dim {self.clip.embed_dim}")
         return self
 
     @property

@@ -17,6 +17,7 @@ from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
+from dalle_mini_impl.layers.prefix import ImagePrefix
 from dalle_mini_impl.layers.rope import stream_angles
 from dalle_mini_impl.stream import NULL, PAD, Stream
 
@@ -46,8 +47,13 @@ class DALLELosses:
 class DALLE(nn.Module):
     """The transformer: embeddings, trunk, and a head for each vocabulary."""
 
-    def __init__(self, config: DALLEConfig, stream: Stream, num_views: int = 1) -> None:
+    def __init__(self, config: DALLEConfig, stream: Stream, num_views: int = 1, embed_dim: int = 0) -> None:
         super().__init__()
+        if config.image_prefix != stream.image_prefix or (stream.image_prefix and embed_dim < 1):
+            raise ValueError(
+                f"dalle.image_prefix is {config.image_prefix}, the stream's prefix {stream.image_prefix} and the "
+                f"embeddings' dimension {embed_dim}: make the first two equal, and the last that of CLIP's space"
+            )
         self.config = config
         self.stream = stream
         self.num_views = num_views
@@ -60,6 +66,7 @@ class DALLE(nn.Module):
         self.target_column = nn.Embedding(stream.grid_size, dim)
         self.view_embedding = nn.Embedding(num_views, dim) if num_views > 1 else None
         self.reading = nn.Embedding(1, dim) if config.reading_share > 0 else None  # marks a picture that is read
+        self.prefix = ImagePrefix(embed_dim, stream.image_prefix, dim) if stream.image_prefix else None
         self.blocks = nn.ModuleList(
             Block(
                 dim,
@@ -108,22 +115,26 @@ class DALLE(nn.Module):
         """The weights of the trunk's linear layers, which Muon may train."""
         return [p for p in self.blocks.parameters() if p.ndim == 2]
 
-    def forward(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None, embedding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits of every next token.
 
         text_ids: (B, t) int64, captions that all take t slots (see `Stream.groups`). image_ids: (B, n) int64, the
         first n ≤ N tokens of the pictures; a last one beyond N - 1 is not read. view: (B,) int64 view ids, default
-        the plain view 0.
+        the plain view 0. embedding: (B, E) CLIP's unit vectors of the pictures, for a model with an image_prefix; a
+        row of zeros, and None, say nothing.
         Returns text logits (B, t - 1, text_vocab) of text ids 1 … t-1 and image logits (B, min(n + 1, N),
         image_vocab) of image ids 0 … n.
         """
         self.stream.check_text(text_ids)
         self.stream.check_image(image_ids)
         num_slots = text_ids.shape[1]
-        x = self.embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view)
-        hidden = self._trunk(x, self.stream.text_length - num_slots)
-        first = num_slots - 1  # the output of the last text slot
-        return self.text_head(hidden[:, :first]), self.image_head(hidden[:, first:])
+        x = self.embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view, embedding)
+        hidden = self._run(x, self._rope(self._drawing_slots(num_slots)[: x.shape[1]]))
+        start = self.stream.image_prefix
+        first = start + num_slots - 1  # the output of the last text slot
+        return self.text_head(hidden[:, start:first]), self.image_head(hidden[:, first:])
 
     def loss(
         self,
@@ -132,11 +143,13 @@ class DALLE(nn.Module):
         view: Tensor | None = None,
         inputs: Tensor | None = None,
         reads: Tensor | None = None,
+        embedding: Tensor | None = None,
     ) -> DALLELosses:
         """Negative log-likelihood sums of captions (B, T) and whole pictures (B, N).
 
         inputs: the image ids that are read, where they differ from those predicted (token corruption). reads: (B,)
         bool, rows whose caption is read from the picture instead; both directions share one pass of the trunk.
+        embedding: (B, E), see `forward`; what is read is never shown its own.
         Padding is no target, and a null caption none either: its text is not a caption.
         """
         expected = (text_ids.shape[0], self.stream.num_image_tokens)
@@ -145,26 +158,34 @@ class DALLE(nn.Module):
         inputs = image_ids if inputs is None else inputs
         parts = []
         for rows, text in self.stream.groups(text_ids):
-            ids, view_ids = image_ids[rows], None if view is None else view[rows]
-            parts.append(self._group_loss(text, ids, inputs[rows], view_ids, None if reads is None else reads[rows]))
+            own = (None if values is None else values[rows] for values in (view, reads, embedding))
+            parts.append(self._group_loss(text, image_ids[rows], inputs[rows], *own))
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
 
     def _group_loss(
-        self, text: Tensor, ids: Tensor, inputs: Tensor, view: Tensor | None, reads: Tensor | None
+        self,
+        text: Tensor,
+        ids: Tensor,
+        inputs: Tensor,
+        view: Tensor | None,
+        reads: Tensor | None,
+        embedding: Tensor | None,
     ) -> list[Tensor]:
         """The fields of DALLELosses for captions (B, t) that all take t slots."""
-        first = text.shape[1] - 1  # the output of the last text slot
+        start = self.stream.image_prefix
+        first = start + text.shape[1] - 1  # the output of the last text slot
         rope = self._rope(self._drawing_slots(text.shape[1]))
         if reads is None:
-            hidden = self._run(self.embed(text, inputs[:, :-1], view), rope)
+            hidden = self._run(self.embed(text, inputs[:, :-1], view, embedding), rope)
             num_drawn = len(text)
         else:
             order = torch.argsort(reads.int(), stable=True)  # what is drawn comes first
             num_drawn = len(reads) - int(reads.sum())
             text, ids, inputs = text[order], ids[order], inputs[order]
             drawn, read = slice(num_drawn), slice(num_drawn, None)
+            own = (None if values is None else values[order[drawn]] for values in (view, embedding))
             x = [
-                self.embed(text[drawn], inputs[drawn, :-1], None if view is None else view[order[drawn]]),
+                self.embed(text[drawn], inputs[drawn, :-1], *own),
                 self._embed_for_reading(text[read], ids[read]),
             ]
             ropes = [rope, self._rope(self._reading_slots(text.shape[1]))]
@@ -175,9 +196,9 @@ class DALLE(nn.Module):
             ]
             hidden = self._run(torch.cat(x), (tables[0], tables[1]))
         targets = self._text_targets(text)
-        text_logits = self.text_head(hidden[:num_drawn, :first])
+        text_logits = self.text_head(hidden[:num_drawn, start:first])
         image_logits = self.image_head(hidden[:num_drawn, first:])
-        read_logits = self.text_head(hidden[num_drawn:, self.stream.num_image_tokens :])
+        read_logits = self.text_head(hidden[num_drawn:, start + self.stream.num_image_tokens :])
         return [
             _nll_sum(text_logits, targets[:num_drawn], ignore=PAD),
             (targets[:num_drawn] != PAD).sum(),
@@ -187,11 +208,15 @@ class DALLE(nn.Module):
             (targets[num_drawn:] != PAD).sum(),
         ]
 
-    def token_log_likelihoods(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-        """log p(image id | caption, ids before it) in nats, (B, N) fp32, of captions (B, T) and whole pictures."""
+    def token_log_likelihoods(self, text_ids: Tensor, image_ids: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """log p(image id | caption, ids before it) in nats, (B, N) fp32, of captions (B, T) and whole pictures.
+
+        embedding: (B, E), see `forward`.
+        """
         result = torch.empty(image_ids.shape, device=image_ids.device)
         for rows, text in self.stream.groups(text_ids):
-            logits = self(text, image_ids[rows])[1].float()  # (n, N, V)
+            own = None if embedding is None else embedding[rows]
+            logits = self(text, image_ids[rows], None, own)[1].float()  # (n, N, V)
             result[rows] = -F.cross_entropy(logits.transpose(1, 2), image_ids[rows], reduction="none")
         return result
 
@@ -208,29 +233,37 @@ class DALLE(nn.Module):
         self.stream.check_text(text_ids)
         rope = self._rope(self._reading_slots(text_ids.shape[1]))
         hidden = self._run(self._embed_for_reading(text_ids, image_ids), rope)
-        logits: Tensor = self.text_head(hidden[:, self.stream.num_image_tokens :])
+        logits: Tensor = self.text_head(hidden[:, self.stream.image_prefix + self.stream.num_image_tokens :])
         return logits
 
     def _embed_for_reading(self, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-        """Input vectors (B, N + t - 1, dim) of whole pictures (B, N) and the captions (B, t) behind them."""
+        """Input vectors (B, P + N + t - 1, dim) of whole pictures (B, N) and the captions (B, t) behind them.
+
+        A prefix says nothing here: the picture itself is there.
+        """
         if self.reading is None:
             raise ValueError(
                 "this DALLE doesn't read captions from pictures: train it with dalle.reading_share above 0"
             )
         cells = self._target_embedding(0, self.stream.num_image_tokens)  # here of the cell that is read
         picture = self.image_embedding(image_ids) + cells + self.reading.weight
-        return torch.cat([picture, self._words(text_ids)[:, :-1]], dim=1)
+        return torch.cat([*self._prefix(None, len(text_ids)), picture, self._words(text_ids)[:, :-1]], dim=1)
 
     def _drawing_slots(self, num_slots: int) -> Tensor:
-        """Where the tokens of a caption of so many slots and its picture but the last stand, (t + N - 1,)."""
-        first = self.stream.text_length - num_slots
-        return torch.arange(first, self.stream.num_inputs, device=self.rope_cos.device)
+        """Where the prefix, a caption of so many slots and its picture but the last stand, (P + t + N - 1,)."""
+        prompt, _, picture = self._slots(num_slots)
+        return torch.cat([prompt, picture[:-1]])
 
     def _reading_slots(self, num_slots: int) -> Tensor:
-        """The same for the picture first and its caption but the last behind it, (N + t - 1,)."""
+        """The same for the picture ahead of its caption but the last, (P + N + t - 1,)."""
+        prompt, prefix_length, picture = self._slots(num_slots)
+        return torch.cat([prompt[:prefix_length], picture, prompt[prefix_length:-1]])
+
+    def _slots(self, num_slots: int) -> tuple[Tensor, int, Tensor]:
+        """Slots of the prefix and a caption, how many of them are the prefix's, and the slots of a whole picture."""
         text_length, device = self.stream.text_length, self.rope_cos.device
         picture = torch.arange(text_length, text_length + self.stream.num_image_tokens, device=device)
-        return torch.cat([picture, torch.arange(text_length - num_slots, text_length - 1, device=device)])
+        return self.stream.prompt_slots(num_slots).to(device), self.stream.image_prefix, picture
 
     def _rope(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, (L, D/2), of the tokens in some slots (L,)."""
@@ -248,22 +281,30 @@ class DALLE(nn.Module):
         return result
 
     def prefill(
-        self, text_ids: Tensor, view: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        text_ids: Tensor,
+        view: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        embedding: Tensor | None = None,
     ) -> tuple[Tensor, KVCache]:
-        """Reads captions (B, t) of t slots once; returns logits (B, image_vocab) of image id 0 and the filled cache."""
+        """Reads captions (B, t) of t slots once; returns logits (B, image_vocab) of image id 0 and the filled cache.
+
+        embedding: (B, E), see `forward`.
+        """
         self.stream.check_text(text_ids)
         (batch, num_slots), device = text_ids.shape, text_ids.device
         cache = KVCache.allocate(
             len(self.blocks),
             batch,
             self.config.heads,
-            num_slots + self.stream.num_image_tokens - 1,
+            self.stream.image_prefix + num_slots + self.stream.num_image_tokens - 1,
             self.config.dim // self.config.heads,
             device=device,
             dtype=dtype or self.image_head.weight.dtype,
         )
-        hidden = self._trunk(self.embed(text_ids, text_ids[:, :0], view), self.stream.text_length - num_slots, cache)
-        cache.prompt_length = num_slots
+        x = self.embed(text_ids, text_ids[:, :0], view, embedding)
+        hidden = self._run(x, self._rope(self._drawing_slots(num_slots)[: x.shape[1]]), cache)
+        cache.prompt_length = x.shape[1]
         logits: Tensor = self.image_head(hidden[:, -1])
         return logits, cache
 
@@ -306,17 +347,19 @@ class DALLE(nn.Module):
         choose: Callable[[Tensor, int], Tensor],
         guidance: Callable[[int], float] | None = None,
         view: Tensor | None = None,
+        embedding: Tensor | None = None,
     ) -> Tensor:
         """Samples pictures token by token without any cache: the reference for every fast path.
 
         text_ids: (B, t), of t slots. choose: takes logits (B, image_vocab) and the token's index, returns ids (B,).
-        guidance: the guidance scale at an index; logits become null + scale × (conditional - null).
+        guidance: the guidance scale at an index; logits become null + scale × (conditional - null). embedding: (B, E),
+        see `forward`; the null pass knows neither caption nor embedding.
         Returns image ids (B, N). Inputs are never written to.
         """
         null_ids = torch.full_like(text_ids, NULL)
         image_ids = text_ids[:, :0]
         for index in range(self.stream.num_image_tokens):
-            logits = self(text_ids, image_ids, view)[1][:, -1].float()
+            logits = self(text_ids, image_ids, view, embedding)[1][:, -1].float()
             scale = 1.0 if guidance is None else guidance(index)
             if scale != 1.0:
                 null_logits = self(null_ids, image_ids, view)[1][:, -1].float()
@@ -324,13 +367,26 @@ class DALLE(nn.Module):
             image_ids = torch.cat([image_ids, choose(logits, index)[:, None]], dim=1)
         return image_ids
 
-    def embed(self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None) -> Tensor:
-        """Input vectors (B, t + n, dim) of captions of t slots and the first n < N image tokens."""
-        x = torch.cat([self._words(text_ids), self.image_embedding(image_ids)], dim=1)
+    def embed(
+        self, text_ids: Tensor, image_ids: Tensor, view: Tensor | None = None, embedding: Tensor | None = None
+    ) -> Tensor:
+        """Input vectors (B, P + t + n, dim) of the prefix, captions of t slots and the first n < N image tokens."""
+        prefix = self._prefix(embedding, len(text_ids))
+        x = torch.cat([*prefix, self._words(text_ids), self.image_embedding(image_ids)], dim=1)
         num_outputs = image_ids.shape[1] + 1
         targets = self._target_embedding(0, num_outputs)  # (n + 1, dim)
         x = x + F.pad(targets, (0, 0, x.shape[1] - num_outputs, 0))
         return self.with_view(x, view)
+
+    def _prefix(self, embedding: Tensor | None, batch: int) -> list[Tensor]:
+        """Input vectors (B, P, dim) of picture embeddings (B, E), None for no picture's, in a list; empty without P."""
+        if self.prefix is not None:
+            return [self.prefix(embedding, batch)]
+        if embedding is not None:
+            raise ValueError(
+                "this DALLE knows no picture embeddings: train it with dalle.image_prefix above 0, for example 4"
+            )
+        return []
 
     @staticmethod
     def _text_targets(text_ids: Tensor) -> Tensor:

@@ -77,16 +77,22 @@ class Noise:
 class Branches:
     """The transformer over n pictures that share P captions; the null branch joins when it is first needed.
 
-    captions: (P, t), read once each. owners: (n,) the caption of each picture.
+    captions: (P, t), read once each. owners: (n,) the caption of each picture. embeddings: (n, E) a picture embedding
+    for each, with which its caption is read for it alone.
     """
 
-    def __init__(self, engine: Engine, captions: Tensor, owners: Tensor) -> None:
+    def __init__(self, engine: Engine, captions: Tensor, owners: Tensor, embeddings: Tensor | None = None) -> None:
         self.engine = engine
         self._num_slots = captions.shape[1]
-        logits, cache = engine.prefill(captions.to(owners.device))
-        self.first = logits[owners, None].float()
+        captions = captions.to(owners.device)
+        if embeddings is None:
+            logits, cache = engine.prefill(captions)
+            logits, cache = logits[owners], cache.select(owners)
+        else:
+            logits, cache = engine.prefill(captions[owners], embeddings.to(owners.device))
+        self.first = logits[:, None].float()
         """Logits (n, 1, V) of image id 0."""
-        self._cache = cache.select(owners)
+        self._cache = cache
         self._guided = False
 
     @property

@@ -87,23 +87,26 @@ class Engine:
         )
 
     @torch.no_grad()
-    def prefill(self, text_ids: Tensor) -> tuple[Tensor, KVCache]:
-        """Reads captions (B, t) of t slots once; logits (B, image_vocab) of image id 0 and the filled cache."""
+    def prefill(self, text_ids: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Reads captions (B, t) of t slots once; logits (B, image_vocab) of image id 0 and the filled cache.
+
+        embedding: (B, E) picture embeddings, see `DALLE.forward`.
+        """
         self.stream.check_text(text_ids)
         batch, num_slots = text_ids.shape
         cache = self._cache_type.allocate(
             len(self._layers),
             batch,
             self.config.heads,
-            num_slots + self.stream.num_image_tokens - 1,
+            self.stream.image_prefix + num_slots + self.stream.num_image_tokens - 1,
             self._head_dim,
             device=self.device,
             dtype=self.dtype,
         )
         with torch.autocast(self.device.type, enabled=False):
-            x = self.dalle.embed(text_ids, text_ids[:, :0]).to(self.dtype)
-            hidden = self._trunk(x, self.stream.text_length - num_slots, cache)
-            cache.prompt_length = num_slots
+            x = self.dalle.embed(text_ids, text_ids[:, :0], None, embedding).to(self.dtype)
+            hidden = self._trunk(x, self.stream.prompt_slots(num_slots).to(self.device), cache)
+            cache.prompt_length = x.shape[1]
             return self._logits(hidden[:, -1]), cache
 
     @torch.no_grad()
@@ -113,7 +116,8 @@ class Engine:
         with torch.autocast(self.device.type, enabled=False):
             x = self._image_embedding[image_ids] + self._targets[start + 1 : start + 1 + image_ids.shape[1]]
             x = self.dalle.with_view(x, None)
-            return self._logits(self._trunk(x.to(self.dtype), self.stream.text_length + start, cache))
+            first = self.stream.text_length + start
+            return self._logits(self._trunk(x.to(self.dtype), slice(first, first + x.shape[1]), cache))
 
     @torch.no_grad()
     def step_in_place(self, ids: Tensor, cell: Tensor, cache: KVCache) -> Tensor:
@@ -142,10 +146,9 @@ class Engine:
                 x = self._block(layer, index, x, tables, cache, mix)
             return self._logits(self._norm(x)[:, 0])
 
-    def _trunk(self, x: Tensor, slot: int, cache: KVCache) -> Tensor:
-        """All layers and the last norm, over x (B, n, dim) whose first token stands in `slot`."""
+    def _trunk(self, x: Tensor, slots: Tensor | slice, cache: KVCache) -> Tensor:
+        """All layers and the last norm, over x (B, n, dim) whose tokens stand in `slots`."""
         for index, layer in enumerate(self._layers):
-            slots = slice(slot, slot + x.shape[1])
             x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.mix)
         cache.advance(x.shape[1])
         return self._norm(x)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_mini_impl.config import STAGES, Recipe, Stage
-from dalle_mini_impl.pretrained import build_clip, build_dalle, build_vae
+from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
+from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_vae
 from dalle_mini_impl.stream import NUM_SPECIAL, Stream
 
 _FP32, _BF16 = 4, 2
@@ -76,6 +76,7 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
         grid_size=recipe.grid_size,
         text_vocab=max(recipe.text.vocab_size, NUM_SPECIAL + 1),
         image_vocab=recipe.vae.num_codes,
+        image_prefix=recipe.dalle.image_prefix,
     )
     with torch.device("meta"):
         vae, clip, dalle = build_vae(recipe), build_clip(recipe, stream), build_dalle(recipe, stream)
@@ -89,7 +90,14 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
         "vae": (vae, lambda: (vae.encoder(images), vae.decoder(latents))),
         "dalle": (dalle, lambda: dalle(text, ids)),
     }
-    stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in STAGES}
+    if recipe.dalle.image_prefix:
+        with torch.device("meta"):
+            prior = build_prior(recipe, stream)
+            vector, bucket = torch.zeros(1, recipe.clip.embed_dim), torch.zeros(1, dtype=torch.long)
+            codes = torch.zeros(1, prior.codec.num_dims, dtype=torch.long)
+        passes["prior"] = prior, lambda: prior(text, vector, bucket, codes)
+    trained = [stage for stage in (*STAGES, *OPTIONAL_STAGES) if stage in passes]
+    stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in trained}
     config, tokens = recipe.dalle, stream.num_inputs
     return Estimate(
         stages=stages,

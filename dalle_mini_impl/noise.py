@@ -26,9 +26,13 @@ _BITS = 23
 """Random bits of each uniform number: what float32 can hold besides the half that keeps it off 0 and 1."""
 
 
-def noise_key(seed: int, prompt: str) -> int:
-    """The 64-bit key, as an int64, of a prompt's noise; prompts that normalise alike have the same key."""
-    digest = hashlib.sha256(f"{seed}\0{normalize_caption(prompt)}".encode()).digest()
+def noise_key(seed: int, prompt: str, purpose: str = "") -> int:
+    """The 64-bit key, as an int64, of a prompt's noise; prompts that normalise alike have the same key.
+
+    purpose: gives what is drawn beside the picture itself noise of its own.
+    """
+    suffix = f"\0{purpose}" if purpose else ""
+    digest = hashlib.sha256(f"{seed}\0{normalize_caption(prompt)}{suffix}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
@@ -46,7 +50,7 @@ def _shifted(z: Tensor, shift: int) -> Tensor:
 
 
 def gumbel_noise(keys: Tensor, candidates: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise (n, L, vocab_size) float32 for positions (L,) int64 of n pictures.
+    """Standard Gumbel noise (n, L, vocab_size) float32 for positions (L,) or (n, L) int64 of n pictures.
 
     keys: (n,) int64 from `noise_key`. candidates: (n,) int64 candidate numbers, at least 0. Each 64-bit word makes
     two numbers: word i those of ids i and i + ⌈vocab_size / 2⌉.

@@ -22,16 +22,20 @@ from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.pictures import to_rgb, to_square
 from dalle_mini_impl.decoding import Partial
 from dalle_mini_impl.editing import keep_first, keep_outside
+from dalle_mini_impl.embed import encode_pictures, encode_texts
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
 from dalle_mini_impl.rerank import score_pairs
 from dalle_mini_impl.sampling import Samples, resolve_precision, sample_rows, stream_rows
 from dalle_mini_impl.sheet import to_pil
+from dalle_mini_impl.unclip import change_by_text, draw_embeddings, embedding_clip, has_prior, slerp
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of image tokens drawn so far and in all."""
 
 DEFAULT_KEEP = 4
+DEFAULT_STRENGTHS = (0.2, 0.35, 0.5)
+"""How far `TextToImage.change` turns a picture's embedding to the difference of the captions."""
 LIKELIHOOD_WEIGHT = 0.03
 """Of the picture's own log-likelihood in its score: 0.01 to 0.1 ranks better than 0, on shapes and on emoji."""
 _DECODE_BATCH = 32
@@ -43,9 +47,10 @@ class RankedPicture:
     """A drawn picture and how it did.
 
     rank: 1 is the best of its prompt, 0 means not ranked. candidate: its number, which with prompt, seed and settings
-    fixes its tokens. clip_score: cosine similarity with the prompt, None without a CLIP. log_ratio:
-    Σ log p(x|prompt) - log p(x|null). log_likelihood: its first part. read_score: log p(prompt|picture) in nats, None
-    where DALL·E doesn't read. score: what it is ranked by, see `TextToImage.ranked_by`. tokens: image ids (N,) int64.
+    fixes its tokens. clip_score: cosine similarity with the prompt, or with the embedding where there is no prompt;
+    None without a CLIP. log_ratio: Σ log p(x|prompt) - log p(x|null). log_likelihood: its first part. read_score:
+    log p(prompt|picture) in nats, None where DALL·E doesn't read. score: what it is ranked by, see
+    `TextToImage.ranked_by`. tokens: image ids (N,) int64. embedding: the picture embedding (E,) that it was drawn by.
     """
 
     image: Image.Image
@@ -59,6 +64,7 @@ class RankedPicture:
     read_score: float | None
     score: float
     tokens: Tensor
+    embedding: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +134,8 @@ class TextToImage:
         except ValidationError as error:
             problems = [f"{item['loc'][0]} is {item['input']!r}: {item['msg']}" for item in error.errors()]
             raise ValueError("; ".join(problems)) from None
+        if given.get("unclip") and not has_prior(self.bundle):
+            raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no prior to draw by: leave unclip out")
         precision = resolve_precision(settings.precision, self.dalle.image_head.weight.device)
         return settings.model_copy(update={"precision": precision})
 
@@ -160,11 +168,14 @@ class TextToImage:
 
     def tokens_of(self, picture: Image.Image) -> Tensor:
         """The image ids (N,) of any picture, cut or fitted to a square as the training pictures were."""
+        with torch.no_grad():
+            return self.vae.encode(self._pixels_of(picture).to(next(self.vae.parameters()).device))[0].cpu()
+
+    def _pixels_of(self, picture: Image.Image) -> Tensor:
+        """(1, 3, S, S) in [0, 1]."""
         data = self.bundle.recipe.data
         pixels = torch.from_numpy(to_square(to_rgb(picture), data.image_size, data.fit)).permute(2, 0, 1)
-        device = next(self.vae.parameters()).device
-        with torch.no_grad():
-            return self.vae.encode(pixels[None].to(device).float() / 255)[0].cpu()
+        return pixels[None].float() / 255
 
     def complete(
         self,
@@ -211,27 +222,49 @@ class TextToImage:
         *,
         settings: SamplingConfig | None = None,
         known: Tensor | None = None,
+        embeddings: Tensor | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[RankedPicture]:
         """Draws (prompt index, candidate number) jobs in their order, scored but not ranked yet.
 
         known: (N,) image ids that every picture is given, FREE (-1) where it is to be drawn; see `editing`.
+        embeddings: (n, E) the picture embedding to draw each job by; an empty prompt then says nothing. Default what
+        the prior draws for the prompts, where there is one and `settings.unclip` doesn't forbid it.
         It is how several processes share the work: each draws its own jobs, and they are ranked together.
         """
-        text_ids, _ = self.bundle.tokenizer.batch(list(prompts), self.bundle.stream.text_length)
+        settings = settings or self.bundle.recipe.sampling
+        text_ids, embeddings = self._conditions(prompts, jobs, seed, settings, embeddings)
         samples = sample_rows(
             self.dalle,
             text_ids,
             prompts,
             jobs,
             seed=seed,
-            settings=settings or self.bundle.recipe.sampling,
+            settings=settings,
             known=None if known is None else known.expand(len(jobs), -1),
+            embeddings=embeddings,
             batch_size=batch_size,
             progress=progress,
         )
-        return self._scored(samples, prompts, text_ids, jobs, seed)
+        return self._scored(samples, prompts, text_ids, embeddings, jobs, seed)
+
+    def _conditions(
+        self,
+        prompts: Sequence[str],
+        jobs: Sequence[tuple[int, int]],
+        seed: int,
+        settings: SamplingConfig,
+        embeddings: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Caption ids (P, T) and picture embeddings (n, E), given or drawn by the prior; None where there are none."""
+        captions: list[str | None] = list(prompts)
+        if embeddings is not None:
+            embedding_clip(self.bundle)
+            captions = [prompt or None for prompt in prompts]
+        elif settings.unclip and has_prior(self.bundle):
+            embeddings = draw_embeddings(self.bundle, prompts, jobs, seed=seed, settings=settings)
+        return self.bundle.tokenizer.batch(captions, self.bundle.stream.text_length)[0], embeddings
 
     def stream(
         self,
@@ -249,20 +282,22 @@ class TextToImage:
         The last `Drawing` has them ranked, and they are those that a call with the same arguments returns.
         """
         keep = check_counts(candidates, keep)
+        settings = settings or self.bundle.recipe.sampling
         jobs = [(0, candidate) for candidate in range(candidates)]
-        text_ids, _ = self.bundle.tokenizer.batch([prompt], self.bundle.stream.text_length)
+        text_ids, embeddings = self._conditions([prompt], jobs, seed, settings, None)
         steps = stream_rows(
             self.dalle,
             text_ids,
             [prompt],
             jobs,
             seed=seed,
-            settings=settings or self.bundle.recipe.sampling,
+            settings=settings,
             known=None if known is None else known.expand(candidates, -1),
+            embeddings=embeddings,
             batch_size=batch_size,
         )
         samples = yield from self._previews(steps, candidates)
-        pictures = self._scored(samples, [prompt], text_ids, jobs, seed)
+        pictures = self._scored(samples, [prompt], text_ids, embeddings, jobs, seed)
         total = samples.ids.numel()
         images = [picture.image for picture in pictures]
         yield Drawing(images=images, done=total, total=total, ranked=rank(pictures, keep))
@@ -308,6 +343,7 @@ class TextToImage:
         samples: Samples,
         prompts: Sequence[str],
         text_ids: Tensor,
+        embeddings: Tensor | None,
         jobs: Sequence[tuple[int, int]],
         seed: int,
     ) -> list[RankedPicture]:
@@ -317,8 +353,13 @@ class TextToImage:
         for first in range(0, len(jobs), _DECODE_BATCH):
             part = slice(first, first + _DECODE_BATCH)
             images = self.decode(samples.ids[part])
-            clip = self._clip_scores(images, [prompts[prompt] for prompt, _ in jobs[part]])
-            read = self._read_scores(samples.ids[part], text_ids[[prompt for prompt, _ in jobs[part]]])
+            texts = [prompts[prompt] for prompt, _ in jobs[part]]
+            if embeddings is None or all(texts):
+                clip = self._clip_scores(images, texts)
+                read = self._read_scores(samples.ids[part], text_ids[[prompt for prompt, _ in jobs[part]]])
+            else:  # there is nothing to read, and the embedding says what the picture should be like
+                met = encode_pictures(embedding_clip(self.bundle), images) * embeddings[part].cpu()
+                clip, read = met.sum(dim=1).tolist(), [None] * len(texts)
             ratios, likelihoods = samples.log_ratio[part].tolist(), samples.log_likelihood[part].tolist()
             for index, image in enumerate(to_pil(images)):
                 prompt, candidate = jobs[first + index]
@@ -335,9 +376,83 @@ class TextToImage:
                         read_score=read[index],
                         score=self._score(clip[index], read[index], likelihoods[index]),
                         tokens=samples.ids[first + index],
+                        embedding=None if embeddings is None else embeddings[first + index].cpu(),
                     )
                 )
         return pictures
+
+    def embedding_of(self, picture: Image.Image) -> Tensor:
+        """CLIP's embedding (E,) of any picture, a unit vector on the CPU, fitted to a square as in training.
+
+        Raises ValueError for a checkpoint that doesn't draw by embeddings.
+        """
+        return encode_pictures(embedding_clip(self.bundle), self._pixels_of(picture))[0]
+
+    def draw_by_embeddings(
+        self,
+        embeddings: Tensor,
+        prompt: str = "",
+        candidates: int = 8,
+        keep: int | None = None,
+        seed: int = 0,
+        *,
+        settings: SamplingConfig | None = None,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[RankedPicture]]:
+        """Draws candidates of each picture embedding (m, E) with the same noise; the ranked pictures of each.
+
+        prompt: a caption that DALL·E is told besides, default none.
+        """
+        keep = check_counts(candidates, keep)
+        pictures = self.draw_jobs(
+            [prompt],
+            [(0, candidate) for _ in embeddings for candidate in range(candidates)],
+            seed,
+            settings=settings,
+            embeddings=embeddings.repeat_interleave(candidates, dim=0),
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return [rank(pictures[first : first + candidates], keep) for first in range(0, len(pictures), candidates)]
+
+    def vary(self, picture: Image.Image, prompt: str = "", **options: Any) -> list[RankedPicture]:
+        """Draws variations: pictures with the same CLIP embedding; ranked, best first. See `draw_by_embeddings`."""
+        return self.draw_by_embeddings(self.embedding_of(picture)[None], prompt, **options)[0]
+
+    def interpolate(
+        self, first: Image.Image, second: Image.Image, steps: int = 5, prompt: str = "", **options: Any
+    ) -> list[list[RankedPicture]]:
+        """Draws pictures on the way from one to another, ends included: the ranked ones of each of `steps` ≥ 2 steps.
+
+        Embeddings move along the sphere (slerp), the noise stays. options: as in `draw_by_embeddings`.
+        """
+        if steps < 2:
+            raise ValueError(f"steps is {steps}; a way from one picture to another has at least 2, its ends")
+        ends = self.embedding_of(first), self.embedding_of(second)
+        way = torch.stack([slerp(*ends, step / (steps - 1)) for step in range(steps)])
+        return self.draw_by_embeddings(way, prompt, **options)
+
+    def change(
+        self,
+        picture: Image.Image,
+        before: str,
+        after: str,
+        strengths: Sequence[float] = DEFAULT_STRENGTHS,
+        prompt: str = "",
+        **options: Any,
+    ) -> list[list[RankedPicture]]:
+        """Draws a picture changed as two captions say: the ranked pictures of each strength.
+
+        before, after: what it shows, and what it is to show. strengths: shares of the way, 0 … 1, from the picture's
+        embedding to the direction of the change. options: as in `draw_by_embeddings`.
+        """
+        if not strengths or not all(0 <= strength <= 1 for strength in strengths):
+            raise ValueError(f"strengths are {list(strengths)}; give at least one, each from 0 (no change) to 1")
+        texts = encode_texts(embedding_clip(self.bundle), self.bundle.tokenizer, [before, after])
+        own = self.embedding_of(picture)
+        changed = torch.stack([change_by_text(own, texts[0], texts[1], strength) for strength in strengths])
+        return self.draw_by_embeddings(changed, prompt, **options)
 
     @torch.no_grad()
     def score(self, pictures: Tensor, captions: Sequence[str]) -> list[CaptionScores]:

@@ -4,6 +4,7 @@ emoji/
   config.json           the whole recipe, package version, text length, data fingerprint, metrics
   tokenizer.model       SentencePiece
   vae.safetensors  dalle.safetensors  clip.safetensors      each may be absent
+  prior.safetensors                                         of those that draw by picture embeddings (unCLIP)
   README.md             model card
 """
 
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 
 from dalle_mini_impl import __version__
 from dalle_mini_impl.clip import CLIP
-from dalle_mini_impl.config import STAGES, Recipe
+from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.files import write_atomically, write_json
+from dalle_mini_impl.prior import Prior
 from dalle_mini_impl.stream import Stream
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.vae.model import DiscreteVAE
@@ -54,6 +56,7 @@ class Bundle:
     vae: DiscreteVAE | None = None
     dalle: DALLE | None = None
     clip: CLIP | None = None
+    prior: Prior | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_hash: str = "unsaved"
 
@@ -66,6 +69,7 @@ def make_stream(recipe: Recipe, tokenizer: TextTokenizer, text_length: int) -> S
         text_vocab=tokenizer.vocab_size,
         image_vocab=recipe.vae.num_codes,
         slot_step=recipe.text.slot_step,
+        image_prefix=recipe.dalle.image_prefix,
     )
 
 
@@ -75,13 +79,18 @@ def build_vae(recipe: Recipe) -> DiscreteVAE:
 
 
 def build_dalle(recipe: Recipe, stream: Stream) -> DALLE:
-    """A fresh DALL·E over `stream` with one view id for each of the recipe's views."""
-    return DALLE(recipe.dalle, stream, num_views=len(recipe.data.views))
+    """A fresh DALL·E over `stream` with one view id for each of the recipe's views, for the recipe's CLIP's space."""
+    return DALLE(recipe.dalle, stream, num_views=len(recipe.data.views), embed_dim=recipe.clip.embed_dim)
 
 
 def build_clip(recipe: Recipe, stream: Stream) -> CLIP:
     """A fresh CLIP as the recipe says; it reads captions of the stream's text length."""
     return CLIP(recipe.clip, recipe.data.image_size, stream.text_length, stream.text_vocab)
+
+
+def build_prior(recipe: Recipe, stream: Stream) -> Prior:
+    """A fresh prior as the recipe says, from captions of the stream to embeddings of the recipe's CLIP."""
+    return Prior(recipe.prior, stream.text_length, stream.text_vocab, recipe.clip.embed_dim)
 
 
 def save_bundle(bundle: Bundle, folder: str | Path, *, storage: Storage = "fp32") -> Path:
@@ -119,6 +128,7 @@ def load_bundle(name: str | Path = DEFAULT_CHECKPOINT, device: torch.device | st
         vae = _load_model(folder / "vae.safetensors", lambda: build_vae(recipe), device)
         dalle = _load_model(folder / "dalle.safetensors", lambda: build_dalle(recipe, stream), device)
         clip = _load_model(folder / "clip.safetensors", lambda: build_clip(recipe, stream), device)
+        prior = _load_model(folder / "prior.safetensors", lambda: build_prior(recipe, stream), device)
     metadata = {key: value for key, value in config.items() if key not in ("recipe", "format")}
     return Bundle(
         recipe=recipe,
@@ -127,6 +137,7 @@ def load_bundle(name: str | Path = DEFAULT_CHECKPOINT, device: torch.device | st
         vae=vae,
         dalle=dalle,
         clip=clip,
+        prior=prior,
         metadata=metadata,
         checkpoint_hash=checkpoint_hash(folder),
     )
@@ -158,7 +169,7 @@ def resolve(name: str | Path) -> Path:
 def checkpoint_hash(folder: str | Path) -> str:
     """First 12 hex digits of the SHA-256 over config, tokenizer and weights of a checkpoint folder."""
     digest = hashlib.sha256()
-    for name in (CONFIG, TOKENIZER, *(f"{stage}.safetensors" for stage in STAGES)):
+    for name in (CONFIG, TOKENIZER, *(f"{stage}.safetensors" for stage in (*STAGES, *OPTIONAL_STAGES))):
         path = Path(folder) / name
         if path.is_file():
             digest.update(f"{name} {path.stat().st_size}\n".encode())
@@ -181,6 +192,8 @@ def model_card(bundle: Bundle) -> str:
         "|---|---|",
     ]
     for stage, model in _models(bundle).items():
+        if model is None and stage in OPTIONAL_STAGES:
+            continue
         count = "absent" if model is None else f"{sum(p.numel() for p in model.parameters()):,}"
         lines.append(f"| {stage} | {count} |")
     lines += [
@@ -202,7 +215,7 @@ def model_card(bundle: Bundle) -> str:
 
 
 def _models(bundle: Bundle) -> dict[str, nn.Module | None]:
-    return {"clip": bundle.clip, "vae": bundle.vae, "dalle": bundle.dalle}
+    return {"clip": bundle.clip, "vae": bundle.vae, "dalle": bundle.dalle, "prior": bundle.prior}
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:

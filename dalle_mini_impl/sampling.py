@@ -58,6 +58,7 @@ def stream_tokens(
     seed: int,
     settings: SamplingConfig,
     known: Tensor | None = None,
+    embeddings: Tensor | None = None,
     window: int | None = None,
     fixed: FixedShapes = None,
 ) -> Iterator[Partial]:
@@ -66,22 +67,23 @@ def stream_tokens(
     dalle: the model, or the engine that it has been packed into, whose type then counts and not the settings'.
     text_ids: (P, T) captions that take the same slots, read once each. prompts: their P texts, which key the noise.
     rows: (prompt index, candidate number) of each picture. known: (n, N) ids of cells that are given, FREE (-1) where
-    they are to be drawn. window: tokens guessed and checked in one pass (Jacobi decoding), 1 means token by token;
-    default what is faster for so many pictures, see `default_window`.
+    they are to be drawn. embeddings: (n, E) CLIP's unit vector of what each picture is to be like, zeros for none;
+    guidance then strengthens caption and embedding together. window: tokens guessed and checked in one pass (Jacobi
+    decoding), 1 means token by token; default what is faster for so many pictures, see `default_window`.
     fixed: see `decoding.decode`; default a CUDA graph on a GPU, which costs less than it saves, and None elsewhere.
     Raises ValueError for a model in training mode, rows without a prompt, ids that aren't any, or captions of
     different slots (`sample_rows` sorts those).
     """
     engine = dalle if isinstance(dalle, Engine) else _pack(dalle, settings, fixed)
     stream = engine.stream
-    _check(stream, text_ids, prompts, rows, known, window)
+    _check(stream, text_ids, prompts, rows, known, window, embeddings)
     if not rows:
         return iter(())
     groups = stream.groups(text_ids)
     if len(groups) > 1:
         raise ValueError(f"captions take {[ids.shape[1] for _, ids in groups]} slots; draw each kind on its own")
     noise = Noise.of(prompts, rows, seed, stream.image_vocab, engine.device)
-    branches = Branches(engine, groups[0][1], noise.owners)
+    branches = Branches(engine, groups[0][1], noise.owners, embeddings)
     if fixed is None and engine.device.type == "cuda":
         fixed = "graph"
     if fixed is not None and not engine.is_plain:
@@ -100,6 +102,7 @@ def sample_rows(
     seed: int,
     settings: SamplingConfig,
     known: Tensor | None = None,
+    embeddings: Tensor | None = None,
     window: int | None = None,
     fixed: FixedShapes = None,
     batch_size: int | None = None,
@@ -120,6 +123,7 @@ def sample_rows(
         seed=seed,
         settings=settings,
         known=known,
+        embeddings=embeddings,
         window=window,
         fixed=fixed,
         batch_size=batch_size,
@@ -147,6 +151,7 @@ def stream_rows(
     seed: int,
     settings: SamplingConfig,
     known: Tensor | None = None,
+    embeddings: Tensor | None = None,
     window: int | None = None,
     fixed: FixedShapes = None,
     batch_size: int | None = None,
@@ -155,7 +160,7 @@ def stream_rows(
     """`sample_rows` step by step: yields the places in `rows` that are being drawn and how far they are, micro-batch
     after micro-batch, and returns what `sample_rows` does."""
     engine = _pack(dalle, settings, fixed)
-    _check(dalle.stream, text_ids, prompts, rows, known, window)
+    _check(dalle.stream, text_ids, prompts, rows, known, window, embeddings)
     batch_size = fitting_batch_size(dalle, settings) if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; draw at least 1 picture at once")
@@ -172,6 +177,7 @@ def stream_rows(
             seed=seed,
             settings=settings,
             known=None if known is None else known[batch],
+            embeddings=None if embeddings is None else embeddings[batch],
             window=window,
             fixed=fixed,
         ):
@@ -182,8 +188,8 @@ def stream_rows(
         ratio, likelihood = partial.log_ratio, partial.log_likelihood
         if ratio is None or likelihood is None:
             captions = text_ids[[rows[place][0] for place in batch]]
-            given = None if known is None else known[batch]
-            ratio, likelihood = _log_likelihoods(dalle, captions, partial.ids, 16, given)
+            given, own = (None if values is None else values[batch] for values in (known, embeddings))
+            ratio, likelihood = _log_likelihoods(dalle, captions, partial.ids, 16, given, own)
         ratios[batch], likelihoods[batch] = ratio.cpu(), likelihood.cpu()
     return Samples(ids, ratios if log_ratio else None, likelihoods if log_ratio else None)
 
@@ -196,11 +202,16 @@ def log_likelihood_ratio(
 
     known: (n, N); only cells that are FREE in it count.
     """
-    return _log_likelihoods(dalle, text_ids, image_ids, batch_size, known)[0]
+    return _log_likelihoods(dalle, text_ids, image_ids, batch_size, known, None)[0]
 
 
 def _log_likelihoods(
-    dalle: DALLE, text_ids: Tensor, image_ids: Tensor, batch_size: int, known: Tensor | None
+    dalle: DALLE,
+    text_ids: Tensor,
+    image_ids: Tensor,
+    batch_size: int,
+    known: Tensor | None,
+    embeddings: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The ratio of `log_likelihood_ratio` and its first part."""
     device = dalle.image_head.weight.device
@@ -210,8 +221,9 @@ def _log_likelihoods(
     for first in range(0, len(image_ids), batch_size):
         part = slice(first, first + batch_size)
         text, image = text_ids[part], image_ids[part]
-        null = dalle.stream.null_captions(text)
-        of_caption, of_null = (dalle.token_log_likelihoods(each, image) for each in (text, null))  # (n, N)
+        own = None if embeddings is None else embeddings[part].to(device)
+        of_caption = dalle.token_log_likelihoods(text, image, own)  # (n, N)
+        of_null = dalle.token_log_likelihoods(dalle.stream.null_captions(text), image)
         ratios.append(((of_caption - of_null) * counts[part]).sum(dim=1))
         likelihoods.append((of_caption * counts[part]).sum(dim=1))
     return (torch.cat(ratios), torch.cat(likelihoods)) if ratios else (torch.zeros(0), torch.zeros(0))
@@ -279,7 +291,13 @@ def _pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes) -> Engine:
 
 
 def _check(
-    stream: Stream, text_ids: Tensor, prompts: Sequence[str], rows: Rows, known: Tensor | None, window: int | None
+    stream: Stream,
+    text_ids: Tensor,
+    prompts: Sequence[str],
+    rows: Rows,
+    known: Tensor | None,
+    window: int | None,
+    embeddings: Tensor | None,
 ) -> None:
     stream.check_text(text_ids)
     if len(prompts) != len(text_ids):
@@ -289,6 +307,8 @@ def _check(
         raise ValueError(f"row {wrong[0]} must be a prompt below {len(prompts)} and a candidate below 2**32")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; draw at least 1 token at a time")
+    if embeddings is not None and (embeddings.ndim != 2 or len(embeddings) != len(rows)):
+        raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; expected ({len(rows)}, E), one a picture")
     if known is None:
         return
     if tuple(known.shape) != (len(rows), stream.num_image_tokens):

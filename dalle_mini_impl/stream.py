@@ -1,5 +1,8 @@
 """The token stream ``[text ids … | image ids …]``: its lengths, its grid, its positions, what may stand in each slot.
 
+A picture embedding may stand ahead of it as a prefix of P tokens: ``[prefix | text ids … | image ids …]``. Slots are
+numbered 0 … T-1 (text), T … T+N-1 (image), T+N … T+N+P-1 (prefix), so that a prefix moves no other slot.
+
 This is the only file that knows offsets. Text and image ids live in separate vocabularies, so an id is never shifted.
 
 With t ≤ T text slots and N image slots (a row-major square grid) the transformer reads t + N - 1 tokens: all text and
@@ -31,6 +34,7 @@ class Stream:
     grid_size: side of the square grid of image tokens; N = grid_size².
     text_vocab, image_vocab: sizes of the two vocabularies.
     slot_step: captions take a multiple of this many slots, or T; None means always T.
+    image_prefix: P, tokens ahead of the caption that stand for a picture embedding.
     """
 
     text_length: int
@@ -38,6 +42,7 @@ class Stream:
     text_vocab: int
     image_vocab: int
     slot_step: int | None = None
+    image_prefix: int = 0
 
     def __post_init__(self) -> None:
         if self.text_length < 2 or self.grid_size < 1:
@@ -49,6 +54,8 @@ class Stream:
                 f"a stream needs more than {NUM_SPECIAL} text ids and at least 2 image ids, "
                 f"not {self.text_vocab} and {self.image_vocab}"
             )
+        if self.image_prefix < 0:
+            raise ValueError(f"image_prefix is {self.image_prefix}; it must be at least 0, which means no prefix")
 
     @property
     def num_image_tokens(self) -> int:
@@ -57,8 +64,18 @@ class Stream:
 
     @property
     def num_inputs(self) -> int:
-        """Most tokens the transformer reads for a picture: T + N - 1."""
-        return self.text_length + self.num_image_tokens - 1
+        """Most tokens the transformer reads for a picture: P + T + N - 1."""
+        return self.image_prefix + self.text_length + self.num_image_tokens - 1
+
+    def prompt_slots(self, num_slots: int) -> Tensor:
+        """Slots of the prefix and of a caption of t slots, in the order in which they are read, (P + t,) int64."""
+        end = self.text_length + self.num_image_tokens
+        prefix = torch.arange(end, end + self.image_prefix)
+        return torch.cat([prefix, torch.arange(self.text_length - num_slots, self.text_length)])
+
+    def prefix_positions(self) -> Tensor:
+        """Positions of the prefix slots, (P,) int64: -P … -1, ahead of the longest caption, however long one is."""
+        return torch.arange(-self.image_prefix, 0)
 
     def text_positions(self) -> Tensor:
         """Positions of the text slots, (T,) int64: 0 … T-1."""

@@ -17,7 +17,7 @@ PACKAGE = "dalle_mini_impl"
 LEVELS = [
     {"config", "stream", "text", "memory", "threads", "files"},
     {"layers", "noise", "filters"},
-    {"vae", "dalle", "clip"},
+    {"vae", "dalle", "clip", "prior"},
     {
         "sampling",
         "decoding",
@@ -28,6 +28,7 @@ LEVELS = [
         "rerank",
         "classify",
         "search",
+        "unclip",
         "guided",
         "pretrained",
         "sheet",
@@ -52,6 +53,8 @@ WITHIN_A_LEVEL = {
     ("bench", "estimate"),
     ("rerank", "embed"),
     ("classify", "embed"),
+    ("unclip", "embed"),
+    ("unclip", "pretrained"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

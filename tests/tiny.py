@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dalle_mini_impl.config import Recipe
-from dalle_mini_impl.pretrained import Bundle, build_clip, build_dalle, build_vae, make_stream, save_bundle
+from dalle_mini_impl.pretrained import (
+    Bundle,
+    build_clip,
+    build_dalle,
+    build_prior,
+    build_vae,
+    make_stream,
+    save_bundle,
+)
+from dalle_mini_impl.prior import Prior
 from dalle_mini_impl.text import TextTokenizer
 
 TINY_VALUES = {
@@ -27,6 +37,7 @@ TINY_VALUES = {
     },
     "clip": {"embed_dim": 16, "stem_width": 8, "width": 16, "heads": 2, "image_layers": 1, "text_layers": 1},
     "dalle": {"dim": 32, "layers": 2, "heads": 2},
+    "prior": {"num_buckets": 8, "num_dot_buckets": 4, "dim": 24, "layers": 1, "heads": 3},
 }
 TINY_CAPTIONS = ["a red circle", "a blue square above a green triangle", "two small yellow stars"]
 
@@ -46,7 +57,7 @@ def randomize(model: nn.Module, seed: int = 0, scale: float = 1.0) -> None:
 
 
 def tiny_bundle(*overrides: str, seed: int = 0) -> Bundle:
-    """A whole checkpoint with random weights; the same for the same seed."""
+    """A whole checkpoint with random weights, of unCLIP with a prior; the same for the same seed."""
     recipe = tiny_recipe(*overrides)
     tokenizer = TextTokenizer.train(TINY_CAPTIONS, recipe.text.vocab_size)
     stream = make_stream(recipe, tokenizer, recipe.text.max_length)
@@ -56,7 +67,20 @@ def tiny_bundle(*overrides: str, seed: int = 0) -> Bundle:
     for index, model in enumerate((vae, dalle, clip)):
         randomize(model, seed=3 * seed + index)
         model.eval()
-    return Bundle(recipe=recipe, tokenizer=tokenizer, stream=stream, vae=vae, dalle=dalle, clip=clip)
+    bundle = Bundle(recipe=recipe, tokenizer=tokenizer, stream=stream, vae=vae, dalle=dalle, clip=clip)
+    return replace(bundle, prior=_tiny_prior(bundle, seed)) if recipe.dalle.image_prefix else bundle
+
+
+def _tiny_prior(bundle: Bundle, seed: int) -> Prior:
+    """A prior with random weights, fitted to random embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        prior = build_prior(bundle.recipe, bundle.stream)
+    randomize(prior, seed=100 + seed)
+    vectors = torch.randn(200, bundle.recipe.clip.embed_dim, generator=generator)
+    prior.fit(torch.nn.functional.normalize(vectors, dim=1), torch.linspace(-1, 1, 50))
+    return prior.eval()
 
 
 def tiny_checkpoint(folder: Path, *overrides: str, seed: int = 0) -> Path:

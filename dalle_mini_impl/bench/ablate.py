@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dalle_mini_impl.config import STAGES, Stage
+from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Stage
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training.checkpoint import StateFolder
 
@@ -78,7 +78,7 @@ def begin_from(base: Path, folder: Path, stages: Sequence[Stage]) -> None:
     for name in ("data", "cache"):
         (folder / name).symlink_to((base / name).resolve(), target_is_directory=True)
     bundle = load_bundle(base / "checkpoint")
-    kept: dict[str, Any] = {stage: None for stage in STAGES if stage not in stages}
+    kept: dict[str, Any] = {stage: None for stage in (*STAGES, *OPTIONAL_STAGES) if stage not in stages}
     save_bundle(replace(bundle, **kept), folder / "checkpoint")
     for stage in stages:
         StateFolder(folder / "state" / stage).finish(StateFolder(base / "state" / stage).summary())

@@ -19,6 +19,9 @@ from dalle_mini_impl.threads import use_all_cores
 VERBS = {
     "sample": "Draw pictures for prompts and rank them.",
     "train": "Train on captioned pictures, every stage in turn.",
+    "vary": "Draw variations of a picture.",
+    "interpolate": "Draw the way from one picture to another.",
+    "change": "Draw a picture changed as two captions say.",
     "rerank": "Rank a folder of pictures against a prompt, or plot quality against the number of candidates.",
     "classify": "Tell which of some labels pictures show, without training.",
     "score": "Say how well captions fit pictures.",

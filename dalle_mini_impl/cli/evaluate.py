@@ -28,6 +28,13 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(help="Below 1 is safer, above 1 wilder.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0 is all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that add up to this.")] = None,
+    unclip: Annotated[
+        bool | None,
+        typer.Option("--unclip/--no-unclip", help="By way of a picture embedding. (default where there is a prior)"),
+    ] = None,
+    prior_guidance: Annotated[
+        float | None, typer.Option(help="Strength of the prompt in the prior; 1 is none.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures drawn at once. (default what fits)")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file of the results.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG of the first pictures, with what the checker says.")] = None,
@@ -44,7 +51,14 @@ def evaluate(
 
     device = process_state().device
     model = TextToImage.from_pretrained(checkpoint, device)
-    settings = model.settings(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    settings = model.settings(
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        unclip=unclip,
+        prior_guidance=prior_guidance,
+    )
     started = time.perf_counter()
     with _progress_bar(len(PAIRS) * prompts) as progress:
         reports = evaluate_shapes(

@@ -9,7 +9,7 @@ import typer
 
 
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG that was drawn by `sample`.")],
+    picture: Annotated[Path, typer.Argument(help="A PNG that was drawn here.")],
     checkpoint: Annotated[
         str | None, typer.Option(help="Where its checkpoint is now; default: where it was then.")
     ] = None,
@@ -44,7 +44,10 @@ def replay(
         raise ValueError(f"the settings inside {picture} are not those of this version: {error}") from None
     known = None if facts.get("known") is None else torch.tensor(facts["known"])
     job = [(0, int(facts["candidate"]))]
-    (again,) = model.draw_jobs([facts["prompt"]], job, facts["seed"], settings=settings, known=known)
+    embeddings = None if facts.get("embedding") is None else torch.tensor([facts["embedding"]])
+    (again,) = model.draw_jobs(
+        [facts["prompt"]], job, facts["seed"], settings=settings, known=known, embeddings=embeddings
+    )
     expected = torch.tensor(facts["tokens"])
     different = int((again.tokens != expected).sum())
     if out is not None:

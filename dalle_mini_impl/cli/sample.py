@@ -42,6 +42,13 @@ def sample(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, or auto: bf16 where the device computes in it.")
     ] = None,
+    unclip: Annotated[
+        bool | None,
+        typer.Option("--unclip/--no-unclip", help="By way of a picture embedding. (default where there is a prior)"),
+    ] = None,
+    prior_guidance: Annotated[
+        float | None, typer.Option(help="Strength of the prompt in the prior; 1 is none.")
+    ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="A picture to vary; its own prompt is the default.")
     ] = None,
@@ -71,7 +78,14 @@ def sample(
     state = process_state()
     model = TextToImage.from_pretrained(checkpoint, state.device)
     settings = model.settings(
-        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, precision=precision
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        precision=precision,
+        unclip=unclip,
+        prior_guidance=prior_guidance,
     )
     known = None if origin is None else origin.known(model, share, mask)
     if state.is_main_process:
@@ -169,7 +183,7 @@ def _write(
                 facts = write_picture(picture, number, out, common)
                 results.write(json.dumps(facts, ensure_ascii=False) + "\n")
             num_kept += len(pictures)
-            rows.append((pictures[0].prompt, [(picture.image, _label(picture)) for picture in pictures]))
+            rows.append((pictures[0].prompt, [(picture.image, label(picture)) for picture in pictures]))
             if len(rows) == _SHEET_ROWS:
                 save_sheet(contact_sheet(rows), _sheet_path(out, number))
                 rows = []
@@ -178,7 +192,9 @@ def _write(
     return num_kept
 
 
-def common_facts(model: TextToImage, checkpoint: str, settings: SamplingConfig, known: Tensor | None) -> dict[str, Any]:
+def common_facts(
+    model: TextToImage, checkpoint: str, settings: SamplingConfig, known: Tensor | None = None
+) -> dict[str, Any]:
     """What a PNG says of how it was drawn, the same for all pictures of a call; `replay` reads it."""
     from dalle_mini_impl import __version__
 
@@ -191,11 +207,17 @@ def common_facts(model: TextToImage, checkpoint: str, settings: SamplingConfig, 
     }
 
 
-def write_picture(picture: RankedPicture, number: int, out: Path, common: dict[str, Any]) -> dict[str, Any]:
-    """Writes one PNG of prompt `number` with its settings inside; returns its line of results.jsonl."""
+def write_picture(
+    picture: RankedPicture, number: int, out: Path, common: dict[str, Any], *, title: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """Writes one PNG of prompt `number` with its settings inside; returns its line of results.jsonl.
+
+    title: for the file's name, default the prompt. more: facts for both.
+    """
     from dalle_mini_impl.sheet import save_png, slug
 
-    file = f"{number:03d}-{slug(picture.prompt)}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}.png"
+    name = slug(picture.prompt if title is None else title)
+    file = f"{number:03d}-{name}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}.png"
     facts = {
         "prompt": picture.prompt,
         "rank": picture.rank,
@@ -207,8 +229,10 @@ def write_picture(picture: RankedPicture, number: int, out: Path, common: dict[s
         "log_ratio": picture.log_ratio,
         "log_likelihood": picture.log_likelihood,
         "read_score": picture.read_score,
+        **more,
     }
-    save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist()})
+    embedding = None if picture.embedding is None else picture.embedding.tolist()
+    save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist(), "embedding": embedding})
     return facts
 
 
@@ -218,7 +242,8 @@ def _sheet_path(out: Path, last_prompt: int) -> Path:
     return out / ("sheet.png" if sheet == 1 else f"sheet-{sheet}.png")
 
 
-def _label(picture: RankedPicture) -> str:
+def label(picture: RankedPicture) -> str:
+    """What stands under a picture in a sheet."""
     return f"{picture.score:.3f}  #{picture.candidate}"
 
 

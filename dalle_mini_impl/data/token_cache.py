@@ -7,9 +7,6 @@ FOLDER/tokens.json  the fingerprint of the weights, pictures and views it was ma
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,11 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.config import View
-from dalle_mini_impl.files import reserve, write_json
+from dalle_mini_impl.data.array_cache import Workers, build_array, open_array, weights_digest
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 MAX_CODES = 1 << 16
-_TOKENS, _INDEX = "tokens.npy", "tokens.json"
+_NAME = "tokens"
 
 
 def images_from_pixels(pixels: Tensor) -> Tensor:
@@ -39,11 +36,7 @@ def apply_view(images: Tensor, view: View) -> Tensor:
 
 def cache_fingerprint(vae: DiscreteVAE, data_fingerprint: str, views: Sequence[View]) -> str:
     """Changes when the VAE's weights, the pictures or the views do."""
-    digest = hashlib.sha256(json.dumps([data_fingerprint, list(views)]).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest(vae, data_fingerprint, list(views))
 
 
 class TokenCache:
@@ -73,14 +66,8 @@ class TokenCache:
     @classmethod
     def open(cls, folder: Path, fingerprint: str) -> TokenCache | None:
         """The cache in a folder, None where there is none or it is stale."""
-        try:
-            index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-            if index["fingerprint"] != fingerprint:
-                return None
-            tokens = np.load(folder / _TOKENS, mmap_mode="r")
-        except (OSError, ValueError, KeyError):
-            return None
-        return cls(tokens, index["num_codes"])
+        found = open_array(folder, _NAME, fingerprint)
+        return None if found is None else cls(found[0], found[1]["num_codes"])
 
     @classmethod
     def build(
@@ -105,24 +92,16 @@ class TokenCache:
         """
         if vae.num_codes > MAX_CODES:
             raise ValueError(f"the id cache holds up to {MAX_CODES} codes; the VAE has {vae.num_codes}")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{_TOKENS}.partial"
-        shape = (len(views), len(pictures), vae.grid_size**2)
-        if rank == 0:
-            (folder / _INDEX).unlink(missing_ok=True)
-            np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=shape).flush()
-            reserve(partial)
-        barrier()
-        tokens = np.lib.format.open_memmap(partial, mode="r+")
-        share = np.array_split(np.arange(len(pictures)), world_size)[rank]
-        _encode_share(tokens, vae, pictures, views, share, batch_size, autocast, progress)
-        tokens.flush()
-        barrier()
-        if rank == 0:
-            os.replace(partial, folder / _TOKENS)
-            index = {"fingerprint": fingerprint, "num_codes": vae.num_codes, "views": list(views)}
-            write_json(folder / _INDEX, index)
-        barrier()
+        build_array(
+            folder,
+            _NAME,
+            fingerprint,
+            (len(views), len(pictures), vae.grid_size**2),
+            np.uint16,
+            lambda tokens, share: _encode_share(tokens, vae, pictures, views, share, batch_size, autocast, progress),
+            Workers(rank, world_size, barrier),
+            {"num_codes": vae.num_codes, "views": list(views)},
+        )
         cache = cls.open(folder, fingerprint)
         assert cache is not None
         return cache

@@ -15,16 +15,17 @@ def axis_angles(positions: Tensor, num_frequencies: int, base: float = 1000.0) -
 
 
 def stream_angles(stream: Stream, head_dim: int) -> Tensor:
-    """Rotation angles of every slot of the stream, (T + N, head_dim / 2) radians.
+    """Rotation angles of every slot of the stream, (T + N + P, head_dim / 2) radians.
 
     Half of the pairs turn with the row, half with the column. Text slot t of T stands at (t - T, t - T), on the
     diagonal that ends at the grid's corner, so that text is 1-D, never at angle 0, and the grid's angles don't
-    depend on the text.
+    depend on the text. A prefix stands on the same diagonal, ahead of the first text slot.
     """
     text = stream.text_positions() - stream.text_length  # (T,)
     grid = stream.image_positions()  # (N, 2)
-    rows = torch.cat([text, grid[:, 0]])
-    columns = torch.cat([text, grid[:, 1]])
+    prefix = stream.prefix_positions() - stream.text_length  # (P,)
+    rows = torch.cat([text, grid[:, 0], prefix])
+    columns = torch.cat([text, grid[:, 1], prefix])
     return torch.cat([axis_angles(axis, head_dim // 4) for axis in (rows, columns)], dim=1)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.data.embedding_cache import EmbeddingCache
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache
 from dalle_mini_impl.sampling import every_row, sample_rows
@@ -131,35 +132,42 @@ def likelihood(
     tokenizer: TextTokenizer,
     cache: TokenCache,
     context: EvaluationContext,
+    embeddings: EmbeddingCache | None = None,
 ) -> dict[str, float]:
     """Nats and bits a token of plain pictures and their captions, and the caption gain.
 
     read_nll: nats a text token costs where the picture is known; what it is below text_nll, the picture tells.
     Caption gain: nats an image token costs more under another picture's caption; 0 means captions are ignored. Left out
-    where no two captions differ.
+    where no two captions differ. With embeddings all of these know the picture's own, and the embedding gain is what
+    an image token costs more without it.
     """
     device = context.accelerator.device
     others = _other_captions(data, indices)
-    sums = torch.zeros(8, dtype=torch.float64, device=device)
+    sums = torch.zeros(10, dtype=torch.float64, device=device)
     for chunk in _chunks(_share(indices, context)):
         captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
         ids = cache.ids(chunk).to(device)
         text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
+        own_embeddings = None if embeddings is None else embeddings.vectors(chunk).to(device)
         with context.autocast():
-            true = dalle.loss(text, ids)
+            true = dalle.loss(text, ids, embedding=own_embeddings)
+            if own_embeddings is not None:
+                without = dalle.loss(text, ids)
+                sums[8:] += torch.stack([without.image_nll_sum - true.image_nll_sum, without.num_image])
             if dalle.reading is not None:
                 read = dalle.loss(text, ids, reads=torch.ones(len(ids), dtype=torch.bool, device=device))
-                sums[6:] += torch.stack([read.read_nll_sum, read.num_read])
+                sums[6:8] += torch.stack([read.read_nll_sum, read.num_read])
         sums[:4] += torch.stack([true.image_nll_sum, true.num_image, true.text_nll_sum, true.num_text])
         swapped = [row for row, i in enumerate(chunk) if int(i) in others]
         if swapped:
             other_text = tokenizer.batch([others[int(chunk[row])] for row in swapped], dalle.stream.text_length)[0]
+            theirs = None if own_embeddings is None else own_embeddings[swapped]
             with context.autocast():
-                own = dalle.loss(text[swapped], ids[swapped])
-                other = dalle.loss(other_text.to(device), ids[swapped])
+                own = dalle.loss(text[swapped], ids[swapped], embedding=theirs)
+                other = dalle.loss(other_text.to(device), ids[swapped], embedding=theirs)
             sums[4:6] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
     totals = context.accelerator.reduce(sums, "sum").tolist()
-    image, num_image, text_nll, num_text, gain, num_swapped, read_nll, num_read = totals
+    image, num_image, text_nll, num_text, gain, num_swapped, read_nll, num_read, embedding_gain, num_without = totals
     image_nll = image / num_image
     metrics = {
         "image_nll": image_nll,
@@ -168,6 +176,8 @@ def likelihood(
     }
     if num_read:
         metrics["read_nll"] = read_nll / num_read
+    if num_without:
+        metrics["embedding_gain"] = embedding_gain / num_without
     return metrics | ({"caption_gain": gain / num_swapped} if num_swapped else {})
 
 
@@ -179,10 +189,12 @@ def draw_samples(
     tokenizer: TextTokenizer,
     recipe: Recipe,
     context: EvaluationContext,
+    embeddings: EmbeddingCache | None = None,
 ) -> None:
     """Writes a sheet: held-out captions with their own picture and a few drawn by the sampler, seed by seed the same.
 
-    Prompts are shared out over the processes.
+    With embeddings they are drawn by caption and by that of the held-out picture. Prompts are shared out over the
+    processes.
     """
     chosen = _distinct(data, indices)
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(NUM_PROMPTS, len(chosen))).round().astype(np.int64)]
@@ -191,14 +203,16 @@ def draw_samples(
     if len(own):
         captions = [data.captions[i][0] for i in own]
         text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(context.accelerator.device)
+        rows = every_row(len(captions), range(NUM_CANDIDATES))
         with context.autocast():
             samples = sample_rows(
                 dalle,
                 text,
                 captions,
-                every_row(len(captions), range(NUM_CANDIDATES)),
+                rows,
                 seed=recipe.seed,
                 settings=recipe.sampling,
+                embeddings=None if embeddings is None else embeddings.vectors(own)[[prompt for prompt, _ in rows]],
                 log_ratio=False,
             )
         by_prompt = samples.ids.view(len(own), NUM_CANDIDATES, -1).cpu().numpy()

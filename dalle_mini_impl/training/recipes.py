@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dalle_mini_impl.config import STAGES, Recipe, Stage
+from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
 from dalle_mini_impl.pretrained import Bundle
 
 logger = logging.getLogger("dalle_mini_impl.training")
@@ -35,7 +35,10 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
     "clip": frozenset(
         {"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss", "token_shift"}
     ),
-    "dalle": frozenset({"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift", "reading_share"}),
+    "dalle": frozenset(
+        {"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift", "reading_share", "image_prefix"}
+    ),
+    "prior": frozenset({"num_dims", "num_buckets", "num_dot_buckets", "dim", "layers", "heads"}),
 }
 """Keys that say what a checkpoint's weights, ids and slots mean: fine-tuning takes them over, and no others."""
 
@@ -49,7 +52,7 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle) -> Recipe:
     theirs = bundle.recipe
     sections: dict[str, Any] = {}
     for section, keys in ARCHITECTURE_KEYS.items():
-        if section not in STAGES or getattr(bundle, section) is not None:
+        if section not in (*STAGES, *OPTIONAL_STAGES) or getattr(bundle, section) is not None:
             taken = {key: getattr(getattr(theirs, section), key) for key in keys}
             sections[section] = getattr(recipe, section).model_copy(update=taken)
     adopted = recipe.model_copy(update=sections)

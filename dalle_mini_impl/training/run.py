@@ -3,7 +3,7 @@
 runs/NAME/
   run.json           the recipe and the data that the run belongs to
   data/              pictures and captions, ready for training;  data-report.json
-  cache/             image ids of all pictures
+  cache/             image ids of all pictures, and CLIP's embeddings of them where something is trained on those
   state/STAGE/       resumable state, and a mark when the stage is finished
   checkpoint/        the model so far: what --checkpoint and --init-from take
   samples/           reconstructions and sample sheets of each evaluation
@@ -24,6 +24,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.data.array_cache import Workers
+from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
@@ -32,6 +34,7 @@ from dalle_mini_impl.pretrained import (
     Bundle,
     build_clip,
     build_dalle,
+    build_prior,
     build_vae,
     load_bundle,
     make_stream,
@@ -42,6 +45,7 @@ from dalle_mini_impl.training.batches import derive_seed
 from dalle_mini_impl.training.budget import Budget
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.loop import StageTrainer
+from dalle_mini_impl.training.prior_task import PriorTask
 from dalle_mini_impl.training.progress import MetricsLog, counting
 from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
 from dalle_mini_impl.training.stopping import StopSignal
@@ -52,7 +56,15 @@ logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
 
 ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
-"""CLIP comes after the VAE, because part of its pictures pass through it."""
+"""What every run trains. CLIP comes after the VAE, because part of its pictures pass through it."""
+SEQUENCE: tuple[Stage, ...] = ("vae", "clip", "prior", "dalle")
+"""All stages there are, in the order in which they are trained."""
+
+
+def asked_for(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe: those of every run, and the prior where DALL·E is conditioned on picture embeddings."""
+    wanted = {*ORDER, *(["prior"] if recipe.dalle.image_prefix else [])}
+    return [stage for stage in SEQUENCE if stage in wanted]
 
 
 def train(
@@ -60,7 +72,7 @@ def train(
     data_spec: str,
     out: str | Path,
     *,
-    stages: Sequence[Stage] = ORDER,
+    stages: Sequence[Stage] | None = None,
     resume: bool = False,
     init_from: str | None = None,
     budget_sec: float | None = None,
@@ -69,13 +81,13 @@ def train(
 ) -> bool:
     """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
 
-    data_spec: anything `open_source` takes. init_from: a checkpoint whose tokenizer, architecture and weights the run
-    starts from. budget_sec: wall-clock limit for everything from now on, of which already_sec have passed; a resumed
-    run that is given none keeps to what is left of its own.
+    data_spec: anything `open_source` takes. stages: default those that the recipe asks for. init_from: a checkpoint
+    whose tokenizer, architecture and weights the run starts from. budget_sec: wall-clock limit for everything from now
+    on, of which already_sec have passed; a resumed run that is given none keeps to what is left of its own.
     Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
     run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from)
-    todo = run.unfinished(stages, resume)
+    todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
     run.begin(Budget(budget_sec, already_sec=already_sec), resume)
     run.prepare()
     return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
@@ -98,7 +110,7 @@ class Run:
     ) -> None:
         self.out, self.data_spec, self.accelerator = out, data_spec, accelerator
         self.is_main: bool = accelerator.is_main_process
-        self.states = {stage: StateFolder(out / "state" / stage) for stage in ORDER}
+        self.states = {stage: StateFolder(out / "state" / stage) for stage in SEQUENCE}
         self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
@@ -117,7 +129,7 @@ class Run:
         if self._note:
             untouched = [stage for stage, state in self.states.items() if not (state.started or state.finished)]
             check_unchanged(self._note, self.recipe, self.data_spec, self._init_from, untouched, self.out)
-        todo = [stage for stage in ORDER if stage in stages and not self.states[stage].finished]
+        todo = [stage for stage in SEQUENCE if stage in stages and not self.states[stage].finished]
         stopped = [stage for stage in todo if self.states[stage].started]
         if stopped and not resume:
             raise ValueError(
@@ -231,10 +243,25 @@ class Run:
                     logger.warning("no VAE yet: clip.reconstructed_share has no effect, clip sees pictures only")
             clip = self._model(stage, lambda: build_clip(recipe, bundle.stream))
             return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
+        if stage == "prior":
+            return self._prior_task()
         if bundle.vae is None:
             raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
         dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
-        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae)
+        embeddings = self.embeddings() if recipe.dalle.image_prefix else None
+        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
+
+    def _prior_task(self) -> PriorTask:
+        bundle, recipe = self.bundle, self.recipe
+        if not recipe.dalle.image_prefix:
+            raise ValueError(
+                "a prior draws picture embeddings for a DALL·E that is conditioned on them: set dalle.image_prefix, "
+                "for example to 4"
+            )
+        embeddings = self.embeddings()
+        assert bundle.clip is not None
+        prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
+        return PriorTask(prior, self.data, recipe, bundle.tokenizer, bundle.clip, embeddings)
 
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
@@ -268,6 +295,35 @@ class Run:
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 barrier=accelerator.wait_for_everyone,
+                progress=progress,
+            )
+
+    def embeddings(self) -> EmbeddingCache:
+        """CLIP's embeddings of all pictures, computed if they aren't there yet. Raises ValueError without a CLIP."""
+        clip, accelerator = self.bundle.clip, self.accelerator
+        if clip is None:
+            raise ValueError(
+                "picture embeddings (dalle.image_prefix) are CLIP's: train --stage clip first, or start from a "
+                "checkpoint with --init-from"
+            )
+        clip.to(accelerator.device).eval()
+        folder, views = self.out / "cache", self.recipe.data.views
+        fingerprint = embedding_fingerprint(clip, self.data.fingerprint, views)
+        cache = EmbeddingCache.open(folder, fingerprint)
+        accelerator.wait_for_everyone()
+        if cache is not None:
+            return cache
+        dtype = autocast_dtype(self.recipe.train.clip.precision, accelerator.device)
+        workers = Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        with counting("embedding pictures", self.is_main) as progress:
+            return EmbeddingCache.build(
+                folder,
+                clip,
+                self.data.pictures,
+                views,
+                fingerprint,
+                autocast=lambda: autocast(accelerator.device, dtype),
+                workers=workers,
                 progress=progress,
             )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.data.embedding_cache import EmbeddingCache
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels, unigram_nll
 from dalle_mini_impl.stream import NULL, PAD, Stream
@@ -255,8 +256,12 @@ class DALLETask(_Task):
         tokenizer: TextTokenizer,
         cache: TokenCache,
         vae: DiscreteVAE,
+        embeddings: EmbeddingCache | None = None,
     ) -> None:
+        if (embeddings is None) != (model.prefix is None):
+            raise ValueError("a DALLE with an image_prefix needs CLIP's embeddings of the pictures, others have no use")
         self.model: nn.Module = model
+        self.embeddings = embeddings
         self.data, self.recipe, self.tokenizer, self.cache, self.vae = data, recipe, tokenizer, cache, vae
         self.stream: Stream = model.stream
         self.num_items = len(data.train)
@@ -301,7 +306,10 @@ class DALLETask(_Task):
         return torch.from_numpy(positions % round(1 / share) == 0)
 
     def batch(self, items: Indices, positions: Indices) -> Batch:
-        """Caption ids (B, T), image ids (B, N) to predict and to read, views (B,), and which captions are read."""
+        """Caption ids (B, T), image ids (B, N) to predict and to read, views (B,), and which captions are read.
+
+        With an image_prefix also embeddings (B, E), zeros where dropped, independently of the caption.
+        """
         config = self.recipe.dalle
         text_ids, views, rngs = self._captions(items, positions)
         ids = self.cache.ids(self.data.train[items], views)
@@ -311,7 +319,12 @@ class DALLETask(_Task):
             random_ids = torch.from_numpy(rng.integers(self.stream.image_vocab, size=ids.shape[1]))
             inputs[row] = torch.where(replaced, random_ids, inputs[row])
         reads = self._reads(positions)
-        return {"text": text_ids, "ids": ids, "inputs": inputs, "view": torch.from_numpy(views), "reads": reads}
+        batch = {"text": text_ids, "ids": ids, "inputs": inputs, "view": torch.from_numpy(views), "reads": reads}
+        if self.embeddings is not None:
+            is_dropped = torch.tensor([rng.random() < config.embedding_dropout for rng in rngs])
+            vectors = self.embeddings.vectors(self.data.train[items], views)
+            batch["embedding"] = vectors.masked_fill(is_dropped[:, None], 0.0)
+        return batch
 
     def counts(self, batch: Batch) -> Tensor:
         """Text tokens that are predicted (no padding, no null captions), image tokens, text tokens that are read."""
@@ -331,7 +344,8 @@ class DALLETask(_Task):
         weight = self.recipe.dalle.text_loss_weight
         view = batch["view"] if dalle.num_views > 1 else None
         share = self.recipe.dalle.reading_share
-        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], batch["reads"] if share else None)
+        reads = batch["reads"] if share else None
+        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], reads, batch.get("embedding"))
         loss = (1 - share) * losses.total(weight, num_text, num_image)
         parts = {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
         if share:
@@ -342,9 +356,13 @@ class DALLETask(_Task):
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """Image NLL beside ln V and the unigram floor, caption gain; draws a sheet of samples."""
         dalle = cast(DALLE, model)
-        metrics = evaluation.likelihood(dalle, self.data, self.held_out, self.tokenizer, self.cache, context)
+        metrics = evaluation.likelihood(
+            dalle, self.data, self.held_out, self.tokenizer, self.cache, context, self.embeddings
+        )
         metrics |= {"image_nll_unigram": self.floor, "image_nll_uniform": math.log(self.stream.image_vocab)}
-        evaluation.draw_samples(dalle, self.vae, self.data, self.held_out, self.tokenizer, self.recipe, context)
+        evaluation.draw_samples(
+            dalle, self.vae, self.data, self.held_out, self.tokenizer, self.recipe, context, self.embeddings
+        )
         return metrics
 
     def describe(self, metrics: dict[str, float]) -> str:

@@ -1,0 +1,81 @@
+"""What is computed once for all pictures and kept as a memory-mapped array: FOLDER/NAME.npy, made by all processes.
+
+FOLDER/NAME.json holds the fingerprint of what it was made from. Neither is there before it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dalle_mini_impl.files import reserve, write_json
+
+Fill = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], None]
+"""Fills in the places (second axis) of one process's pictures."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that fill an array together; barrier waits for all of them."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+def weights_digest(model: nn.Module, *keys: Any) -> str:
+    """Changes when a model's weights or one of the keys (JSON values) does."""
+    digest = hashlib.sha256(json.dumps(list(keys)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_array(folder: Path, name: str, fingerprint: str) -> tuple[npt.NDArray[Any], dict[str, Any]] | None:
+    """The array in a folder, read-only, and its facts; None where there is none or it is stale."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        if facts["fingerprint"] != fingerprint:
+            return None
+        return np.load(folder / f"{name}.npy", mmap_mode="r"), facts
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def build_array(
+    folder: Path,
+    name: str,
+    fingerprint: str,
+    shape: tuple[int, int, int],
+    dtype: npt.DTypeLike,
+    fill: Fill,
+    workers: Workers,
+    facts: Mapping[str, Any],
+) -> None:
+    """Makes an array (V, M, …) of M pictures, each process its share of them; facts are noted beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.npy.partial"
+    if workers.rank == 0:
+        (folder / f"{name}.json").unlink(missing_ok=True)
+        np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape).flush()
+        reserve(partial)
+    workers.barrier()
+    array = np.lib.format.open_memmap(partial, mode="r+")
+    fill(array, np.array_split(np.arange(shape[1]), workers.world_size)[workers.rank])
+    array.flush()
+    workers.barrier()
+    if workers.rank == 0:
+        os.replace(partial, folder / f"{name}.npy")
+        write_json(folder / f"{name}.json", {"fingerprint": fingerprint, **facts})
+    workers.barrier()
