@@ -21,6 +21,7 @@ class StageName(enum.StrEnum):
     vae = "vae"
     clip = "clip"
     dalle = "dalle"
+    vqgan = "vqgan"
 
 
 def train(
@@ -44,15 +45,18 @@ def train(
         str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 25m, 1h30m. Replaces the steps.")
     ] = None,
 ) -> None:
-    """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated."""
-    from dalle_mini_impl.training.run import ORDER, make_accelerator
+    """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated.
+
+    --stage vqgan trains the VAE of the run, or of --init-from, further against a discriminator.
+    """
+    from dalle_mini_impl.training.run import make_accelerator
     from dalle_mini_impl.training.run import train as run_training
 
     budget_sec = parse_duration(budget) if budget is not None else None
     recipe = _recipe(config, init_from, set_ or [])
     accelerator = make_accelerator()
     _set_up_logging(accelerator.is_main_process)
-    stages: tuple[Stage, ...] = ORDER if stage is None else (_as_stage(stage),)
+    stages: tuple[Stage, ...] | None = None if stage is None else (_as_stage(stage),)
     try:
         finished = run_training(
             recipe,
@@ -87,7 +91,12 @@ def _recipe(config: Path | None, init_from: str | None, overrides: list[str]) ->
 
 
 def _as_stage(name: StageName) -> Stage:
-    stages: dict[StageName, Stage] = {StageName.vae: "vae", StageName.clip: "clip", StageName.dalle: "dalle"}
+    stages: dict[StageName, Stage] = {
+        StageName.vae: "vae",
+        StageName.clip: "clip",
+        StageName.dalle: "dalle",
+        StageName.vqgan: "vqgan",
+    }
     return stages[name]
 
 

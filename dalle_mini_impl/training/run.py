@@ -47,6 +47,8 @@ from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+from dalle_mini_impl.training.vqgan import VQGANTask
+from dalle_mini_impl.vae.discriminator import PatchDiscriminator
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
@@ -55,12 +57,17 @@ ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
 """CLIP comes after the VAE, because part of its pictures pass through it."""
 
 
+def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
+    """All stages: adversarial training is the last, but where it changes the ids DALL·E has to come after it."""
+    return ("vae", "clip", "vqgan", "dalle") if recipe.vqgan.phase == "full" else (*ORDER, "vqgan")
+
+
 def train(
     recipe: Recipe,
     data_spec: str,
     out: str | Path,
     *,
-    stages: Sequence[Stage] = ORDER,
+    stages: Sequence[Stage] | None = None,
     resume: bool = False,
     init_from: str | None = None,
     budget_sec: float | None = None,
@@ -69,13 +76,13 @@ def train(
 ) -> bool:
     """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
 
-    data_spec: anything `open_source` takes. init_from: a checkpoint whose tokenizer, architecture and weights the run
-    starts from. budget_sec: wall-clock limit for everything from now on, of which already_sec have passed; a resumed
-    run that is given none keeps to what is left of its own.
+    data_spec: anything `open_source` takes. stages: None means those of `train.stages`. init_from: a checkpoint whose
+    tokenizer, architecture and weights the run starts from. budget_sec: wall-clock limit for everything from now on, of
+    which already_sec have passed; a resumed run that is given none keeps to what is left of its own.
     Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
     run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from)
-    todo = run.unfinished(stages, resume)
+    todo = run.unfinished(run.recipe.train.stages if stages is None else stages, resume)
     run.begin(Budget(budget_sec, already_sec=already_sec), resume)
     run.prepare()
     return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
@@ -98,7 +105,7 @@ class Run:
     ) -> None:
         self.out, self.data_spec, self.accelerator = out, data_spec, accelerator
         self.is_main: bool = accelerator.is_main_process
-        self.states = {stage: StateFolder(out / "state" / stage) for stage in ORDER}
+        self.states = {stage: StateFolder(out / "state" / stage) for stage in stage_order(recipe)}
         self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
@@ -117,7 +124,7 @@ class Run:
         if self._note:
             untouched = [stage for stage, state in self.states.items() if not (state.started or state.finished)]
             check_unchanged(self._note, self.recipe, self.data_spec, self._init_from, untouched, self.out)
-        todo = [stage for stage in ORDER if stage in stages and not self.states[stage].finished]
+        todo = [stage for stage in stage_order(self.recipe) if stage in stages and not self.states[stage].finished]
         stopped = [stage for stage in todo if self.states[stage].started]
         if stopped and not resume:
             raise ValueError(
@@ -231,10 +238,28 @@ class Run:
                     logger.warning("no VAE yet: clip.reconstructed_share has no effect, clip sees pictures only")
             clip = self._model(stage, lambda: build_clip(recipe, bundle.stream))
             return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
+        if stage == "vqgan":
+            return self._vqgan_task()
         if bundle.vae is None:
             raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
         dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
         return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae)
+
+    def _vqgan_task(self) -> Task:
+        bundle, recipe = self.bundle, self.recipe
+        if bundle.vae is None or bundle.clip is None:
+            raise ValueError(
+                "vqgan needs a trained VAE, and a CLIP to see with: train --stage vae and --stage clip first, or start "
+                "from a checkpoint with --init-from"
+            )
+        if recipe.vqgan.phase == "full" and self.states["dalle"].finished:
+            raise ValueError(
+                f"vqgan.phase is full, which changes the ids that the DALL·E in {self.out} has learned: set it to "
+                f"decoder, or train vqgan before dalle in another --out"
+            )
+        torch.manual_seed(derive_seed(recipe.seed, "vqgan", "weights"))
+        discriminator = PatchDiscriminator(recipe.vqgan.discriminator_width, recipe.vqgan.discriminator_layers)
+        return VQGANTask(bundle.vae, bundle.clip, discriminator, self.data, recipe, self.accelerator)
 
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
@@ -304,7 +329,10 @@ class Run:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
         metadata = {**self.bundle.metadata, "metrics": metrics}
-        models: dict[str, Any] = {stage: model}
+        models: dict[str, Any] = {"vae" if stage == "vqgan" else stage: model}
+        if stage == "vqgan" and self.recipe.vqgan.phase == "full" and self.bundle.dalle is not None:
+            logger.warning("the DALL·E that the run started from knows other ids: it is left out of the checkpoint")
+            models["dalle"] = None
         self.bundle = replace(self.bundle, **models, metadata=metadata)
         if self.is_main:
             save_bundle(self.bundle, self.out / "checkpoint")
