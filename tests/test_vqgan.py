@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.cli.app import run_verb
+from dalle_mini_impl.cli.app import main, run_verb
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.data.prepare import PreparedData
-from dalle_mini_impl.pretrained import load_bundle
+from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.fidelity import fidelity, through
@@ -397,6 +397,26 @@ def test_from_the_command_line(before: Path, tmp_path: Path) -> None:
     assert json.loads((out / "run.json").read_text())["recipe"]["train"]["vqgan"]["optimizer"] == "adamw"
     bundle = load_bundle(out)
     assert bundle.vae is not None and bundle.dalle is not None
+
+
+def test_reconstruct_compares_two_checkpoints_by_a_third(
+    before: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    judge = save_bundle(tiny_bundle(seed=5), tmp_path / "judge")
+    arguments = ["reconstruct", "--checkpoint", str(finished), "--before", str(before), "--judge", str(judge)]
+    arguments += ["--data", str(finished / "data"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["judge"] == str(judge) and results["num_pictures"] == 3
+    old, new = (results["checkpoints"][str(name)] for name in (before, finished))
+    assert old["psnr"] == pytest.approx(lines(before, "vae")[-1]["psnr"], rel=1e-5)
+    assert old["rfd"] != new["rfd"] and old["hash"] != new["hash"]
+    assert (tmp_path / "out" / "sheet.png").is_file() and "sharpness" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        main(["reconstruct", "--data", str(finished / "data"), "--out", str(tmp_path / "out")])
+    assert exit_.value.code == 2 and "pictures of 80 pixels" in capfd.readouterr().err
 
 
 def test_without_a_vae_it_says_what_to_do(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
