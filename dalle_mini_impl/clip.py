@@ -42,12 +42,25 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] to vectors (B, E)."""
-        x = self.stem(((images - 0.5) * 2).contiguous(memory_format=torch.channels_last))
+        out: Tensor = self.project(self.norm(self.features(images)[-1]).mean(dim=1))
+        return out
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What the layers make of pictures (B, 3, S, S) in [0, 1]: the stem's after each ReLU, then each block's.
+
+        Each is (B, L, C), with L places of C channels.
+        """
+        x = ((images - 0.5) * 2).contiguous(memory_format=torch.channels_last)
+        found = []
+        for layer in self.stem:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                found.append(x.flatten(2).transpose(1, 2))
         x = x.flatten(2).transpose(1, 2) + self.position  # (B, L, width)
         for block in self.blocks:
             x = block(x)
-        out: Tensor = self.project(self.norm(x).mean(dim=1))
-        return out
+            found.append(x)
+        return found
 
 
 class TextTower(nn.Module):

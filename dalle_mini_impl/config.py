@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Stage = Literal["clip", "vae", "dalle", "prior"]
+Stage = Literal["clip", "vae", "dalle", "prior", "vqgan"]
 STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
-"""What every recipe trains."""
+"""What every recipe trains unless told otherwise."""
 OPTIONAL_STAGES: tuple[Stage, ...] = ("prior",)
-"""What it trains where it asks for it."""
+"""Those with a model of their own that not every recipe has; `vqgan` trains the model of `vae` further."""
 View = Literal["plain", "flip"]
+Augmentation = Literal["colour", "translation", "cutout"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -135,6 +136,46 @@ class VAEConfig(Section):
     def _patch_fits(self) -> Self:
         if self.patch > self.downsample:
             raise ValueError(f"vae.patch is {self.patch}, more than vae.downsample {self.downsample}: lower it")
+        return self
+
+
+class VQGANConfig(Section):
+    """Adversarial training of a trained VAE, so that what it paints looks real and not only close on average."""
+
+    phase: Literal["decoder", "full"] = "decoder"
+    """decoder: encoder and codes are frozen, so that ids, id cache and DALL·E stay valid; full: everything is trained,
+    and DALL·E has to come after it."""
+    loss: Literal["hinge", "nonsaturating"] = "hinge"
+    weight: Annotated[float, Field(ge=0)] = 0.2
+    """Weight of the adversarial loss, times the adaptive ratio of gradients."""
+    max_adaptive_weight: Annotated[float, Field(gt=0)] = 100.0
+    """Cap of that ratio."""
+    alone_steps: Annotated[int, Field(ge=0)] = 100
+    """First steps, in which the discriminator learns alone."""
+    ramp_steps: Annotated[int, Field(ge=0)] = 400
+    """Steps after those over which the adversarial weight rises from 0."""
+    discriminator_width: Positive = 32
+    """Channels of the discriminator's first layer."""
+    discriminator_layers: Annotated[int, Field(ge=0, le=5)] = 2
+    """How often it halves the sides: a logit sees 16 pixels each way with 1, 34 with 2, 70 with 3."""
+    discriminator_learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    lecam_weight: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the LeCam penalty, which holds the discriminator of a small set back."""
+    augment: tuple[Augmentation, ...] = ("colour", "translation", "cutout")
+    """DiffAugment's changes of the pictures that the discriminator sees."""
+    perceptual: Literal["clip", "lpips", "none"] = "clip"
+    """clip: distance in the layers of the checkpoint's own CLIP; lpips: in those of VGG16, read from lpips_weights."""
+    perceptual_weight: Annotated[float, Field(ge=0)] = 1.0
+    lpips_weights: tuple[str, ...] = ()
+    """Files (safetensors or PyTorch) with VGG16's convolutions and the linear heads of LPIPS."""
+
+    @model_validator(mode="after")
+    def _lpips_has_files(self) -> Self:
+        if (self.perceptual == "lpips") != bool(self.lpips_weights):
+            raise ValueError(
+                f"vqgan.perceptual is {self.perceptual!r} and lpips_weights {list(self.lpips_weights)}: "
+                f'"lpips" needs files of VGG16 and its heads, the others take none'
+            )
         return self
 
 
@@ -260,13 +301,33 @@ class StageConfig(Section):
     """torch.compile the transformer's blocks in dalle's training; auto: in stages long enough to gain from it."""
 
 
+class AdversarialStageConfig(StageConfig):
+    """How adversarial training is: small steps of AdamW with little momentum, so that the other side can follow."""
+
+    steps: Positive = 3000
+    budget_share: Annotated[float, Field(gt=0)] = 0.25
+    batch_size: Positive = 32
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    beta1: Share = 0.5
+
+
 class TrainConfig(Section):
     """The stages."""
 
+    stages: tuple[Stage, ...] = ("vae", "clip", "dalle")
+    """What is trained where no --stage is given; add "vqgan" for adversarial training after the others."""
     clip: StageConfig = StageConfig(steps=1500, budget_share=0.14, batch_size=128)
     vae: StageConfig = StageConfig(steps=4000, budget_share=0.3, batch_size=32)
     dalle: StageConfig = StageConfig(steps=4000, budget_share=0.56, batch_size=64)
     prior: StageConfig = StageConfig(steps=3000, budget_share=0.12, batch_size=128)
+    vqgan: AdversarialStageConfig = AdversarialStageConfig()
+
+    @model_validator(mode="after")
+    def _stages_once(self) -> Self:
+        if not self.stages or len(set(self.stages)) != len(self.stages):
+            raise ValueError(f"train.stages is {list(self.stages)}; name at least one stage, and none twice")
+        return self
 
 
 class SamplingConfig(Section):
@@ -307,6 +368,7 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     vae: VAEConfig = VAEConfig()
+    vqgan: VQGANConfig = VQGANConfig()
     clip: CLIPConfig = CLIPConfig()
     dalle: DALLEConfig = DALLEConfig()
     prior: PriorConfig = PriorConfig()

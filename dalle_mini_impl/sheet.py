@@ -81,11 +81,19 @@ def reconstruction_sheet(originals: Tensor, reconstructions: Tensor, *, columns:
         raise ValueError(
             f"{tuple(originals.shape)} originals don't match {tuple(reconstructions.shape)} reconstructions"
         )
+    return comparison_sheet({"originals": originals, "reconstructions": reconstructions}, columns=columns)
+
+
+def comparison_sheet(versions: Mapping[str, Tensor], *, columns: int = 8, cell_px: int = CELL_PX) -> Image.Image:
+    """Versions of the same pictures, (n, 3, S, S) in [0, 1] each, right below each other under their titles."""
+    shapes = {title: tuple(images.shape) for title, images in versions.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"versions of pictures must be of one shape, not {shapes}")
     rows: list[Row] = []
-    for first in range(0, len(originals), columns):
-        for title, images in (("originals", originals), ("reconstructions", reconstructions)):
+    for first in range(0, next(iter(shapes.values()))[0], columns):
+        for title, images in versions.items():
             rows.append((title, [(picture, "") for picture in to_pil(images[first : first + columns])]))
-    return _panel(rows, CELL_PX, columns)  # never with originals in one panel and reconstructions in the next
+    return _panel(rows, cell_px, columns)  # never with originals in one panel and reconstructions in the next
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any]) -> None:

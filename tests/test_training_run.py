@@ -17,15 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.config import Recipe, Stage, TrainConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import save_weights
-from dalle_mini_impl.training.run import ORDER, train
+from dalle_mini_impl.training.run import train
 from tests.tiny import tiny_recipe
 
 DATA = "shapes:count=60"
+ORDER = TrainConfig().stages
 QUICK = ["batch_size=8", "evaluations=2", "warmup_steps=3", "precision=fp32"]
 
 OPTIMIZERS = ("train.vae.optimizer=adamw", "train.clip.optimizer=adamw", "train.dalle.optimizer=muon")

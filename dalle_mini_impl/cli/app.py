@@ -30,6 +30,7 @@ VERBS = {
     "web": "Serve a page to draw, watch, vary, classify and search.",
     "replay": "Draw a picture again from the settings inside its file.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
+    "reconstruct": "Measure and show what a VAE gives back of held-out pictures, beside another's.",
     "estimate": "Say what a recipe costs: parameters, memory, time.",
     "bench": "Measure how fast it is, beside peers and the machine's limits.",
     "export": "Copy a checkpoint with its weights in 16 bits, to ship or to share.",

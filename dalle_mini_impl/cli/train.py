@@ -22,6 +22,7 @@ class StageName(enum.StrEnum):
     clip = "clip"
     dalle = "dalle"
     prior = "prior"
+    vqgan = "vqgan"
 
 
 def train(
@@ -48,6 +49,7 @@ def train(
     """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated.
 
     With dalle.image_prefix also unCLIP's prior, between CLIP and DALL·E.
+    --stage vqgan trains the VAE of the run, or of --init-from, further against a discriminator.
     """
     from dalle_mini_impl.training.run import make_accelerator
     from dalle_mini_impl.training.run import train as run_training
@@ -96,6 +98,7 @@ def _as_stage(name: StageName) -> Stage:
         StageName.clip: "clip",
         StageName.dalle: "dalle",
         StageName.prior: "prior",
+        StageName.vqgan: "vqgan",
     }
     return stages[name]
 

@@ -33,10 +33,12 @@ class Workers:
     barrier: Callable[[], None] = lambda: None
 
 
-def weights_digest(model: nn.Module, *keys: Any) -> str:
-    """Changes when a model's weights or one of the keys (JSON values) does."""
+def weights_digest(model: nn.Module, *keys: Any, without: str | None = None) -> str:
+    """Changes when a model's weights or one of the keys (JSON values) does; weights named `without`… don't count."""
     digest = hashlib.sha256(json.dumps(list(keys)).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if without is not None and name.startswith(without):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

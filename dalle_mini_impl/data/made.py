@@ -1,4 +1,4 @@
-"""Made sources: pictures that are drawn, asked for as ``shapes`` or ``emoji:scenes=30000,seed=1``."""
+"""Made sources: pictures that are drawn, asked for as ``shapes``, ``textures`` or ``emoji:scenes=30000,seed=1``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from dalle_mini_impl.config import DataConfig
 from dalle_mini_impl.data.records import Source
 
-MADE = ("shapes", "emoji")
+MADE = ("shapes", "textures", "emoji")
 
 
 def open_made(name: str, arguments: str, config: DataConfig) -> Source:
@@ -44,6 +44,10 @@ def _maker(name: str) -> Callable[..., Any]:
         from dalle_mini_impl.data.shapes import ShapesSource
 
         return ShapesSource
+    if name == "textures":
+        from dalle_mini_impl.data.textures import TexturesSource
+
+        return TexturesSource
     from dalle_mini_impl.data.emoji import EmojiSource
 
     return EmojiSource

@@ -24,7 +24,7 @@ FORMS = """accepted are
   a table .csv, .tsv, .jsonl, .json or .parquet with a column of pictures or their paths and one of captions;
   a COCO captions file, or the folder that holds it; WebDataset shards: a .tar, a folder of them, "x-{000..009}.tar";
   a Hugging Face data set: a folder that save_to_disk wrote or load_dataset reads, or OWNER/NAME on the hub;
-  a made source: "shapes", "shapes:count=20000,seed=1", "emoji", "emoji:scenes=30000"."""
+  a made source: "shapes", "shapes:count=20000,seed=1", "textures", "emoji", "emoji:scenes=30000"."""
 
 
 def open_source(spec: str, config: DataConfig) -> Source:

@@ -127,16 +127,21 @@ class StageClock:
 
     A stage without a budget has its plan from the start. One with a budget asks for a trial evaluation once
     WARMUP_STEPS + TIMED_STEPS steps are done (`wants_measurement`) and then fixes its plan (`fix`).
+    unlike_steps: first steps that are not timed besides those of the warm-up.
     """
 
     def __init__(
-        self, config: StageConfig, allotted_sec: float | None, clock: Callable[[], float] = time.monotonic
+        self,
+        config: StageConfig,
+        allotted_sec: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        unlike_steps: int = 0,
     ) -> None:
         self.config = config
         self.clock = clock
         self.start = clock()
         self.plan = Plan(None if allotted_sec is not None else config.steps, config.evaluations, allotted_sec)
-        self._steps_done = 0
+        self._steps_done = -unlike_steps
         self._timed_steps = 0
         self._timed_sec = 0.0
         self._step_start = self.start

@@ -33,10 +33,10 @@ NUM_RECONSTRUCTIONS = 16
 NUM_PROMPTS, NUM_CANDIDATES = 8, 3
 
 
-def held_out(data: PreparedData) -> Indices:
+def held_out(data: PreparedData, at_most: int = MAX_HELD_OUT) -> Indices:
     """The pictures that evaluations use; training pictures where nothing is held out."""
     indices: Indices = data.validation if len(data.validation) else data.train
-    places = np.linspace(0, len(indices) - 1, min(MAX_HELD_OUT, len(indices))).round().astype(np.int64)
+    places = np.linspace(0, len(indices) - 1, min(at_most, len(indices))).round().astype(np.int64)
     return indices[places]
 
 

@@ -71,7 +71,7 @@ class StageTrainer:
         self.task, self.config, self.accelerator = task, config, accelerator
         self.seed, self.state, self.log, self.samples = seed, state, log, samples
         self.stop = stop or StopSignal()
-        self.clock = StageClock(config, allotted_sec)
+        self.clock = StageClock(config, allotted_sec, unlike_steps=task.unlike_steps)
         self.order = BatchOrder(task.num_items, config.batch_size, derive_seed(seed, task.stage, "order"))
         self.order.positions(0, accelerator.process_index, accelerator.num_processes)  # refuses an uneven split early
         task.model.to(accelerator.device)
@@ -154,11 +154,12 @@ class StageTrainer:
         for index, micro_batch in enumerate(micro_batches):
             generator = self._generator(accelerator.process_index, index)
             torch.manual_seed(generator.initial_seed())  # dropout has no other source of randomness
-            context = StepContext(counts, self.step / total if total else 0.0, generator)
+            context = StepContext(counts, self.step / total if total else 0.0, generator, self.step)
             last = index == len(micro_batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
                 loss, parts = self.module(micro_batch, context)
-                accelerator.backward(loss * world)  # DDP averages over processes what has to be summed
+                if loss.requires_grad:
+                    accelerator.backward(loss * world)  # DDP averages over processes what has to be summed
             for name, value in {"loss": loss, **parts}.items():
                 metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
         return metrics
@@ -317,6 +318,7 @@ class StageTrainer:
             "model": self.task.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "task": self.task.state_dict(),
             "plan": self.plan.to_dict(),
             "best": self.best,
             "best_evaluation": self.best_evaluation,
@@ -333,6 +335,7 @@ class StageTrainer:
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        self.task.load_state_dict(state.get("task", {}))
         if state["plan"]["total_steps"] is not None:
             self.clock.plan = Plan(**state["plan"])
         self.best, self.best_evaluation = state["best"], state["best_evaluation"]

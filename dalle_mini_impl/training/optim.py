@@ -37,7 +37,7 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     matrices: list[nn.Parameter] = []
     if config.optimizer == "muon":
         find = getattr(model, "hidden_matrices", None)
-        matrices = list(find()) if find is not None else []
+        matrices = [p for p in find() if p.requires_grad] if find is not None else []
         if not matrices:
             raise ValueError(f'{type(model).__name__} has no hidden matrices for Muon; set optimizer = "adamw"')
     taken = {id(p) for p in matrices}

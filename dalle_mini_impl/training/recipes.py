@@ -74,7 +74,13 @@ def check_unchanged(
     theirs = {**_dump(Recipe.parse(note["recipe"])), "data source": note["data"], "init-from": note["init_from"]}
     init_from = init_from if init_from is not None else note["init_from"]
     ours = {**_dump(recipe), "data source": data_spec, "init-from": init_from}
-    free = ("name", "sampling.", *(f"{stage}." for stage in untouched), *(f"train.{stage}." for stage in untouched))
+    free = (
+        "name",
+        "sampling.",
+        "train.stages",
+        *(f"{stage}." for stage in untouched),
+        *(f"train.{stage}." for stage in untouched),
+    )
     changed = {key: pair for key, pair in differences(theirs, ours).items() if not key.startswith(free)}
     if changed:
         listed = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in changed.items())

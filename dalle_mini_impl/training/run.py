@@ -51,20 +51,28 @@ from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+from dalle_mini_impl.training.vqgan import VQGANTask
+from dalle_mini_impl.vae.discriminator import PatchDiscriminator
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
 
-ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
-"""What every run trains. CLIP comes after the VAE, because part of its pictures pass through it."""
-SEQUENCE: tuple[Stage, ...] = ("vae", "clip", "prior", "dalle")
-"""All stages there are, in the order in which they are trained."""
+
+def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
+    """All stages in an order that serves them: part of CLIP's pictures pass through the VAE, the prior and DALL·E see
+    CLIP's embeddings. Adversarial training is the last, but before DALL·E where it changes the ids.
+    """
+    if recipe.vqgan.phase == "full":
+        return "vae", "clip", "vqgan", "prior", "dalle"
+    return "vae", "clip", "prior", "dalle", "vqgan"
 
 
 def asked_for(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe: those of every run, and the prior where DALL·E is conditioned on picture embeddings."""
-    wanted = {*ORDER, *(["prior"] if recipe.dalle.image_prefix else [])}
-    return [stage for stage in SEQUENCE if stage in wanted]
+    """Those of train.stages, and the prior where a DALL·E is trained that is conditioned on picture embeddings."""
+    wanted = set(recipe.train.stages)
+    if recipe.dalle.image_prefix and "dalle" in wanted:
+        wanted.add("prior")
+    return [stage for stage in stage_order(recipe) if stage in wanted]
 
 
 def train(
@@ -110,7 +118,7 @@ class Run:
     ) -> None:
         self.out, self.data_spec, self.accelerator = out, data_spec, accelerator
         self.is_main: bool = accelerator.is_main_process
-        self.states = {stage: StateFolder(out / "state" / stage) for stage in SEQUENCE}
+        self.states = {stage: StateFolder(out / "state" / stage) for stage in stage_order(recipe)}
         self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
@@ -129,7 +137,7 @@ class Run:
         if self._note:
             untouched = [stage for stage, state in self.states.items() if not (state.started or state.finished)]
             check_unchanged(self._note, self.recipe, self.data_spec, self._init_from, untouched, self.out)
-        todo = [stage for stage in SEQUENCE if stage in stages and not self.states[stage].finished]
+        todo = [stage for stage in stage_order(self.recipe) if stage in stages and not self.states[stage].finished]
         stopped = [stage for stage in todo if self.states[stage].started]
         if stopped and not resume:
             raise ValueError(
@@ -245,6 +253,8 @@ class Run:
             return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
         if stage == "prior":
             return self._prior_task()
+        if stage == "vqgan":
+            return self._vqgan_task()
         if bundle.vae is None:
             raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
         dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
@@ -262,6 +272,22 @@ class Run:
         assert bundle.clip is not None
         prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
         return PriorTask(prior, self.data, recipe, bundle.tokenizer, bundle.clip, embeddings)
+
+    def _vqgan_task(self) -> Task:
+        bundle, recipe = self.bundle, self.recipe
+        if bundle.vae is None or bundle.clip is None:
+            raise ValueError(
+                "vqgan needs a trained VAE, and a CLIP to see with: train --stage vae and --stage clip first, or start "
+                "from a checkpoint with --init-from"
+            )
+        if recipe.vqgan.phase == "full" and self.states["dalle"].finished:
+            raise ValueError(
+                f"vqgan.phase is full, which changes the ids that the DALL·E in {self.out} has learned: set it to "
+                f"decoder, or train vqgan before dalle in another --out"
+            )
+        torch.manual_seed(derive_seed(recipe.seed, "vqgan", "weights"))
+        discriminator = PatchDiscriminator(recipe.vqgan.discriminator_width, recipe.vqgan.discriminator_layers)
+        return VQGANTask(bundle.vae, bundle.clip, discriminator, self.data, recipe, self.accelerator)
 
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
@@ -360,7 +386,10 @@ class Run:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
         metadata = {**self.bundle.metadata, "metrics": metrics}
-        models: dict[str, Any] = {stage: model}
+        models: dict[str, Any] = {"vae" if stage == "vqgan" else stage: model}
+        if stage == "vqgan" and self.recipe.vqgan.phase == "full" and self.bundle.dalle is not None:
+            logger.warning("the DALL·E that the run started from knows other ids: it is left out of the checkpoint")
+            models["dalle"] = None
         self.bundle = replace(self.bundle, **models, metadata=metadata)
         if self.is_main:
             save_bundle(self.bundle, self.out / "checkpoint")

@@ -20,12 +20,13 @@ class StepContext:
     """What a loss may depend on besides its batch.
 
     counts: the task's `counts` summed over the global batch. progress: share of the run that is done, in [0, 1].
-    generator: this micro-batch's own random numbers, on the device.
+    generator: this micro-batch's own random numbers, on the device. step: the number of steps done before this one.
     """
 
     counts: Tensor
     progress: float
     generator: torch.Generator
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Task(Protocol):
     units_per_item: int
     score: str
     """The metric of `evaluate` that picks the weights that are kept; lower is better where it starts with "-"."""
+    unlike_steps: int
+    """First steps that are so unlike the others that a budget must not be planned by their speed."""
 
     def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
         """The places in the stage's sequence of samples that one process takes in a step; a pure function."""
@@ -69,10 +72,13 @@ class Task(Protocol):
         """Whatever has to be known of a process's whole batch before its micro-batches are computed one by one."""
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's part of the global batch's loss and metrics: they add up over all micro-batches."""
+        """This micro-batch's part of the global batch's loss and metrics: they add up over all micro-batches.
+
+        A loss without a graph leaves the model as it is in this step.
+        """
 
     def after_step(self, model: nn.Module, generator: torch.Generator) -> None:
-        """What the model learns without a gradient, after each step that was taken (not after one that was skipped).
+        """What is learned beside the loss's gradient, after each step that was taken (not after one that was skipped).
 
         generator: the step's own random numbers, the same on every process.
         """
@@ -82,6 +88,12 @@ class Task(Protocol):
 
     def describe(self, metrics: dict[str, float]) -> str:
         """Training metrics in a few words for the progress line."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed task needs besides its model, data and step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with what `state_dict` gave."""
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

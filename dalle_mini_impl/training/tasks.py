@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ class _Task:
 
     unit = "pictures"
     units_per_item = 1
+    unlike_steps = 0
 
     def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
         """In the order's own order."""
@@ -45,6 +46,13 @@ class _Task:
 
     def after_step(self, model: nn.Module, generator: torch.Generator) -> None:
         """Gradients taught it all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model has it all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is nothing to take over."""
 
 
 class VAETask(_Task):

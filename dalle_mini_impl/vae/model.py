@@ -42,7 +42,7 @@ class DiscreteVAE(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The kernels of the residual blocks and of the convolutions between levels, which Muon may train."""
         ends = {id(self.encoder[1].weight), id(self.encoder[-1].weight), id(self.decoder[0].weight)}
-        ends.add(id(self.decoder[-2].weight))
+        ends.add(id(self.last_layer))
         kernels = [p for part in (self.encoder, self.decoder) for p in part.parameters() if p.ndim == 4]
         return [p for p in kernels if id(p) not in ends]
 
@@ -56,7 +56,7 @@ class DiscreteVAE(nn.Module):
         if ids.ndim != 2 or ids.shape[1] != self.grid_size**2:
             raise ValueError(f"ids have shape {tuple(ids.shape)}; expected (B, {self.grid_size**2})")
         raw = self.decoder(self.quantizer.vectors(ids, self.grid_size))
-        return self._pictures(raw.float()).clamp(0, 1)
+        return self.pictures(raw.float()).clamp(0, 1)
 
     def forward(self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None) -> VAEOutput:
         """The training pass over pictures (B, 3, S, S) in [0, 1]; progress in [0, 1] drives the gumbel schedules."""
@@ -64,7 +64,7 @@ class DiscreteVAE(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             quantized = self.quantizer(latents.float(), progress, generator)
         raw = self.decoder(quantized.vectors).float()
-        return VAEOutput(raw, self._pictures(raw), quantized)
+        return VAEOutput(raw, self.pictures(raw), quantized)
 
     def loss(
         self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None
@@ -76,16 +76,38 @@ class DiscreteVAE(nn.Module):
         output = self(images, progress, generator)
         if self.training:
             self.quantizer.observe(output.quantized)
-        terms = dict(output.quantized.losses)
-        if "kl" in terms:  # nats a picture; the reconstruction terms are means over values
-            terms["kl"] = terms["kl"] / images[0].numel()
-        if self.config.reconstruction == "logit_laplace":
-            mean, log_scale = output.raw.chunk(2, dim=1)
-            terms["logit_laplace"] = logit_laplace_nll(images.float(), mean, log_scale)
-        else:
-            terms |= mixed_loss(images.float(), output.reconstruction, self.config)
+        terms = self.quantizer_terms(output) | self.reconstruction_terms(images, output.raw)
         total = torch.stack(list(terms.values())).sum()
         return total, {name: term.detach() for name, term in terms.items()}
+
+    def quantizer_terms(self, output: VAEOutput) -> dict[str, Tensor]:
+        """The quantizer's own terms of the loss, 0-d each, on the scale of the reconstruction's."""
+        terms = dict(output.quantized.losses)
+        if "kl" in terms:  # nats a picture; the reconstruction terms are means over values
+            terms["kl"] = terms["kl"] / output.reconstruction[0].numel()
+        return terms
+
+    def reconstruction_terms(self, images: Tensor, raw: Tensor) -> dict[str, Tensor]:
+        """The terms of the loss that compare pictures with the decoder's fp32 output for them, 0-d each."""
+        if self.config.reconstruction == "logit_laplace":
+            mean, log_scale = raw.chunk(2, dim=1)
+            return {"logit_laplace": logit_laplace_nll(images.float(), mean, log_scale)}
+        return mixed_loss(images.float(), self.pictures(raw), self.config)
+
+    def redecode(self, images: Tensor) -> VAEOutput:
+        """As `forward`, but through hard ids: neither encoder nor quantizer gets a gradient, and they learn nothing."""
+        with torch.no_grad():
+            ids = self.encode(images)
+            vectors = self.quantizer.vectors(ids, self.grid_size)
+        raw = self.decoder(vectors).float()
+        return VAEOutput(raw, self.pictures(raw), Quantized(vectors, ids))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The kernels that paint: gradients of losses are compared at them."""
+        weight = self.decoder[-2].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     @torch.no_grad()
     def before_step(self, micro_batches: Iterable[Tensor] = ()) -> None:
@@ -103,7 +125,7 @@ class DiscreteVAE(nn.Module):
         """
         self.quantizer.after_step(generator)
 
-    def _pictures(self, raw: Tensor) -> Tensor:
+    def pictures(self, raw: Tensor) -> Tensor:
         """Pictures from the decoder's fp32 output: nominally in [0, 1]."""
         if self.config.reconstruction == "logit_laplace":
             return from_logit_laplace(raw[:, :3])
