@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Stage = Literal["clip", "vae", "dalle"]
 STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
 View = Literal["plain", "flip"]
+AttentionPattern = Literal["full", "row", "column", "conv"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -168,7 +169,15 @@ class DALLEConfig(Section):
     dim: Positive = 256
     layers: Positive = 8
     heads: Positive = 4
-    ffn: Literal["relu2", "swiglu"] = "relu2"
+    attention: Literal["full", "dalle1"] | tuple[AttentionPattern, ...] = "full"
+    """What image tokens see of the picture so far: all of it, or less, by layer. dalle1 is the paper's order: row, in
+    every fourth layer from the second on column, in the last one conv. A list names the pattern of each layer."""
+    attention_kernel: Positive = 11
+    """Side of conv's neighbourhood in cells, odd."""
+    positions: Literal["rope", "learned"] = "rope"
+    """rope: rotated queries and keys, and a row + column embedding of the cell to be predicted. learned: DALL-E 1's, a
+    row + column embedding of each image token's own cell. Text slots have a learned embedding in both."""
+    ffn: Literal["relu2", "swiglu", "gelu"] = "relu2"
     ffn_multiple: Annotated[float, Field(gt=0)] = 4.0
     """Hidden width of the feed-forward layer as a multiple of dim (2.67 matches a swiglu to 4 of relu2)."""
     token_shift: bool = True
@@ -189,6 +198,30 @@ class DALLEConfig(Section):
         if self.dim % self.heads or (self.dim // self.heads) % 4:
             raise ValueError(f"dalle.dim {self.dim} must be heads {self.heads} times a multiple of 4")
         return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        patterns = self.layer_patterns
+        if len(patterns) != self.layers:
+            raise ValueError(f"dalle.attention names {len(patterns)} patterns for {self.layers} layers: give as many")
+        if self.attention_kernel % 2 == 0:
+            raise ValueError(f"dalle.attention_kernel is {self.attention_kernel}, but it must be odd, as 11 is")
+        if self.reading_share and set(patterns) != {"full"}:
+            raise ValueError(
+                f"dalle.reading_share {self.reading_share} needs full attention, since the sparse patterns put the "
+                'caption before the picture: set dalle.reading_share=0 or dalle.attention="full"'
+            )
+        return self
+
+    @property
+    def layer_patterns(self) -> tuple[AttentionPattern, ...]:
+        """The attention pattern of each layer (arXiv 2102.12092, appendix B.1)."""
+        if isinstance(self.attention, tuple):
+            return self.attention
+        if self.attention == "full":
+            return ("full",) * self.layers
+        order: list[AttentionPattern] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, self.layers)]
+        return (*order, "conv")
 
 
 class StageConfig(Section):

@@ -58,6 +58,7 @@ def changed(value: Any, key: str) -> Any:
         "quantizer": "fsq", "reconstruction": "logit_laplace", "ffn": "swiglu", "fit": "pad", "loss": "siglip",
         "views": ["plain", "flip"], "fsq_levels": [4, 4], "patch": 4, "downsample": 8,
         "image_column": "picture", "caption_column": "words", "validation_fraction": 0.3, "slot_step": 8,
+        "attention": "dalle1", "attention_kernel": 5, "positions": "learned", "reading_share": 0.0,
     }  # fmt: skip
     if key in special:
         return special[key]

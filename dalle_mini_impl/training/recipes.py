@@ -35,7 +35,20 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
     "clip": frozenset(
         {"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss", "token_shift"}
     ),
-    "dalle": frozenset({"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift", "reading_share"}),
+    "dalle": frozenset(
+        {
+            "dim",
+            "layers",
+            "heads",
+            "attention",
+            "attention_kernel",
+            "positions",
+            "ffn",
+            "ffn_multiple",
+            "token_shift",
+            "reading_share",
+        }
+    ),
 }
 """Keys that say what a checkpoint's weights, ids and slots mean: fine-tuning takes them over, and no others."""
 
