@@ -107,7 +107,7 @@ class VAEConfig(Section):
     kl_weight: Annotated[float, Field(ge=0)] = 6.6
     """Final weight of the gumbel relaxation's KL to the uniform prior, per picture, ramped over kl_warmup."""
     kl_warmup: Share = 0.2
-    """Share of the run over which the KL weight rises from 0."""
+    """Share of the run over which the KL weight rises from 0 along a cosine."""
     temperature_final: Annotated[float, Field(gt=0)] = 1 / 16
     """Gumbel temperature at the end of temperature_anneal; it starts at 1."""
     temperature_anneal: Share = 0.8
@@ -218,10 +218,11 @@ class DALLEConfig(Section):
         """The attention pattern of each layer (arXiv 2102.12092, appendix B.1)."""
         if isinstance(self.attention, tuple):
             return self.attention
-        if self.attention == "full":
-            return ("full",) * self.layers
-        order: list[AttentionPattern] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, self.layers)]
-        return (*order, "conv")
+        order: list[AttentionPattern] = ["full"] * self.layers
+        if self.attention == "dalle1":
+            order = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, self.layers + 1)]
+            order[-1] = "conv"
+        return tuple(order)
 
 
 class StageConfig(Section):
