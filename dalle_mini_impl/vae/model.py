@@ -15,7 +15,7 @@ from dalle_mini_impl.vae.quantizers import Quantized, build_quantizer
 
 LOGITS_STD = 6.0
 """Deviation of a fresh gumbel encoder's logits, over that of its features. Its codes have to stand out from the Gumbel
-noise (of 1.3) at once: flat logits carry nothing that the decoder could learn to read, and then the KL keeps them flat."""
+noise (of 1.3) at once: flat logits carry nothing that the decoder could learn to read, and the KL then keeps it so."""
 
 
 @dataclass(frozen=True)
