@@ -105,7 +105,8 @@ class VAEConfig(Section):
     balance_weight: Annotated[float, Field(ge=0)] = 0.02
     """Weight of vq's use-all-codes term: ln K minus the entropy of the batch's mean soft assignment."""
     kl_weight: Annotated[float, Field(ge=0)] = 6.6
-    """Final weight of the gumbel relaxation's KL to the uniform prior, per picture, ramped over kl_warmup."""
+    """Final weight of the gumbel relaxation's KL to the uniform prior, per picture, ramped over kl_warmup. It is
+    weighed against the nats of logit_laplace; mixed, whose terms are smaller, loses its codes to so large a weight."""
     kl_warmup: Share = 0.2
     """Share of the run over which the KL weight rises from 0 along a cosine."""
     temperature_final: Annotated[float, Field(gt=0)] = 1 / 16
