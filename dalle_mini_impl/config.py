@@ -22,6 +22,7 @@ OPTIONAL_STAGES: tuple[Stage, ...] = ("prior",)
 """Those with a model of their own that not every recipe has; `vqgan` trains the model of `vae` further."""
 View = Literal["plain", "flip"]
 Augmentation = Literal["colour", "translation", "cutout"]
+AttentionPattern = Literal["full", "row", "column", "conv"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -108,9 +109,10 @@ class VAEConfig(Section):
     balance_weight: Annotated[float, Field(ge=0)] = 0.02
     """Weight of vq's use-all-codes term: ln K minus the entropy of the batch's mean soft assignment."""
     kl_weight: Annotated[float, Field(ge=0)] = 6.6
-    """Final weight of the gumbel relaxation's KL to the uniform prior, per picture, ramped over kl_warmup."""
+    """Final weight of the gumbel relaxation's KL to the uniform prior, per picture, ramped over kl_warmup. It is
+    weighed against the nats of logit_laplace; mixed, whose terms are smaller, loses its codes to so large a weight."""
     kl_warmup: Share = 0.2
-    """Share of the run over which the KL weight rises from 0."""
+    """Share of the run over which the KL weight rises from 0 along a cosine."""
     temperature_final: Annotated[float, Field(gt=0)] = 1 / 16
     """Gumbel temperature at the end of temperature_anneal; it starts at 1."""
     temperature_anneal: Share = 0.8
@@ -212,7 +214,15 @@ class DALLEConfig(Section):
     dim: Positive = 256
     layers: Positive = 8
     heads: Positive = 4
-    ffn: Literal["relu2", "swiglu"] = "relu2"
+    attention: Literal["full", "dalle1"] | tuple[AttentionPattern, ...] = "full"
+    """What image tokens see of the picture so far: all of it, or less, by layer. dalle1 is the paper's order: row, in
+    every fourth layer from the second on column, in the last one conv. A list names the pattern of each layer."""
+    attention_kernel: Positive = 11
+    """Side of conv's neighbourhood in cells, odd."""
+    positions: Literal["rope", "learned"] = "rope"
+    """rope: rotated queries and keys, and a row + column embedding of the cell to be predicted. learned: DALL-E 1's, a
+    row + column embedding of each image token's own cell. Text slots have a learned embedding in both."""
+    ffn: Literal["relu2", "swiglu", "gelu"] = "relu2"
     ffn_multiple: Annotated[float, Field(gt=0)] = 4.0
     """Hidden width of the feed-forward layer as a multiple of dim (2.67 matches a swiglu to 4 of relu2)."""
     token_shift: bool = True
@@ -237,6 +247,36 @@ class DALLEConfig(Section):
         if self.dim % self.heads or (self.dim // self.heads) % 4:
             raise ValueError(f"dalle.dim {self.dim} must be heads {self.heads} times a multiple of 4")
         return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        patterns = self.layer_patterns
+        if len(patterns) != self.layers:
+            raise ValueError(f"dalle.attention names {len(patterns)} patterns for {self.layers} layers: give as many")
+        if self.attention_kernel % 2 == 0:
+            raise ValueError(f"dalle.attention_kernel is {self.attention_kernel}, but it must be odd, as 11 is")
+        if self.reading_share and set(patterns) != {"full"}:
+            raise ValueError(
+                f"dalle.reading_share {self.reading_share} needs full attention, since the sparse patterns put the "
+                'caption before the picture: set dalle.reading_share=0 or dalle.attention="full"'
+            )
+        if self.image_prefix and set(patterns) != {"full"}:
+            raise ValueError(
+                f"dalle.image_prefix {self.image_prefix} needs full attention, since the sparse patterns know of "
+                'captions and cells only: set dalle.image_prefix=0 or dalle.attention="full"'
+            )
+        return self
+
+    @property
+    def layer_patterns(self) -> tuple[AttentionPattern, ...]:
+        """The attention pattern of each layer (arXiv 2102.12092, appendix B.1)."""
+        if isinstance(self.attention, tuple):
+            return self.attention
+        order: list[AttentionPattern] = ["full"] * self.layers
+        if self.attention == "dalle1":
+            order = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, self.layers + 1)]
+            order[-1] = "conv"
+        return tuple(order)
 
 
 class PriorConfig(Section):

@@ -6,7 +6,7 @@ again for every token. Every faster path is tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.layers.masks import stream_mask
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.prefix import ImagePrefix
 from dalle_mini_impl.layers.rope import stream_angles
@@ -62,7 +63,7 @@ class DALLE(nn.Module):
         self.image_embedding = nn.Embedding(stream.image_vocab, dim)
         self.text_pad = nn.Embedding(stream.text_length, dim)  # a learned pad for each text slot
         self.text_position = nn.Embedding(stream.text_length, dim)
-        self.target_row = nn.Embedding(stream.grid_size, dim)  # of the cell being predicted
+        self.target_row = nn.Embedding(stream.grid_size, dim)  # see `place_embedding`
         self.target_column = nn.Embedding(stream.grid_size, dim)
         self.view_embedding = nn.Embedding(num_views, dim) if num_views > 1 else None
         self.reading = nn.Embedding(1, dim) if config.reading_share > 0 else None  # marks a picture that is read
@@ -83,10 +84,16 @@ class DALLE(nn.Module):
         self.text_head = nn.Linear(dim, stream.text_vocab, bias=False)
         self.image_head = nn.Linear(dim, stream.image_vocab, bias=False)
         angles = stream_angles(stream, dim // config.heads)
+        if config.positions == "learned":
+            angles = torch.zeros_like(angles)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
         self.rope_cos: Tensor
         self.rope_sin: Tensor
+        self._patterns = sorted(set(config.layer_patterns) - {"full"})
+        for pattern in self._patterns:
+            mask = stream_mask(stream, pattern, config.attention_kernel)
+            self.register_buffer(f"{pattern}_mask", mask, persistent=False)
         self._training_block: Callable[..., Tensor] | None = None
         self._init_weights()
 
@@ -129,10 +136,10 @@ class DALLE(nn.Module):
         """
         self.stream.check_text(text_ids)
         self.stream.check_image(image_ids)
-        num_slots = text_ids.shape[1]
+        num_slots, start = text_ids.shape[1], self.stream.image_prefix
         x = self.embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view, embedding)
-        hidden = self._run(x, self._rope(self._drawing_slots(num_slots)[: x.shape[1]]))
-        start = self.stream.image_prefix
+        rope = self._rope(self._drawing_slots(num_slots)[: x.shape[1]])
+        hidden = self._run(x, rope, masks=self.drawing_masks(num_slots, x.shape[1] - start - num_slots))
         first = start + num_slots - 1  # the output of the last text slot
         return self.text_head(hidden[:, start:first]), self.image_head(hidden[:, first:])
 
@@ -176,7 +183,8 @@ class DALLE(nn.Module):
         first = start + text.shape[1] - 1  # the output of the last text slot
         rope = self._rope(self._drawing_slots(text.shape[1]))
         if reads is None:
-            hidden = self._run(self.embed(text, inputs[:, :-1], view, embedding), rope)
+            masks = self.drawing_masks(text.shape[1], self.stream.num_image_tokens - 1)
+            hidden = self._run(self.embed(text, inputs[:, :-1], view, embedding), rope, masks=masks)
             num_drawn = len(text)
         else:
             order = torch.argsort(reads.int(), stable=True)  # what is drawn comes first
@@ -245,7 +253,7 @@ class DALLE(nn.Module):
             raise ValueError(
                 "this DALLE doesn't read captions from pictures: train it with dalle.reading_share above 0"
             )
-        cells = self._target_embedding(0, self.stream.num_image_tokens)  # here of the cell that is read
+        cells = self._cells(0, self.stream.num_image_tokens)  # here of the cell that is read
         picture = self.image_embedding(image_ids) + cells + self.reading.weight
         return torch.cat([*self._prefix(None, len(text_ids)), picture, self._words(text_ids)[:, :-1]], dim=1)
 
@@ -303,7 +311,8 @@ class DALLE(nn.Module):
             dtype=dtype or self.image_head.weight.dtype,
         )
         x = self.embed(text_ids, text_ids[:, :0], view, embedding)
-        hidden = self._run(x, self._rope(self._drawing_slots(num_slots)[: x.shape[1]]), cache)
+        rope = self._rope(self._drawing_slots(num_slots)[: x.shape[1]])
+        hidden = self._run(x, rope, cache, self.drawing_masks(num_slots, 0))
         cache.prompt_length = x.shape[1]
         logits: Tensor = self.image_head(hidden[:, -1])
         return logits, cache
@@ -314,7 +323,7 @@ class DALLE(nn.Module):
         Raises ValueError where they would go beyond the last id but one, which predicts the last.
         """
         start, count = self.check_extension(image_ids, cache), image_ids.shape[1]
-        x = self.image_embedding(image_ids) + self._target_embedding(start + 1, start + count + 1)  # (B, n, dim)
+        x = self.image_embedding(image_ids) + self.place_embedding(start + 1, start + count + 1)  # (B, n, dim)
         hidden = self._trunk(self.with_view(x, view), self.stream.text_length + start, cache)
         logits: Tensor = self.image_head(hidden)
         return logits
@@ -374,8 +383,8 @@ class DALLE(nn.Module):
         prefix = self._prefix(embedding, len(text_ids))
         x = torch.cat([*prefix, self._words(text_ids), self.image_embedding(image_ids)], dim=1)
         num_outputs = image_ids.shape[1] + 1
-        targets = self._target_embedding(0, num_outputs)  # (n + 1, dim)
-        x = x + F.pad(targets, (0, 0, x.shape[1] - num_outputs, 0))
+        places = self.place_embedding(0, num_outputs)  # (n + 1, dim)
+        x = x + F.pad(places, (0, 0, x.shape[1] - num_outputs, 0))
         return self.with_view(x, view)
 
     def _prefix(self, embedding: Tensor | None, batch: int) -> list[Tensor]:
@@ -400,12 +409,35 @@ class DALLE(nn.Module):
         words = self.text_embedding(text_ids) + self.text_position.weight[slots]
         return torch.where(is_pad, self.text_pad.weight[slots], words)
 
-    def _target_embedding(self, start: int, end: int) -> Tensor:
-        """Row plus column embedding, (end - start, dim), of the cells start … end - 1 that are being predicted."""
+    def place_embedding(self, start: int, end: int) -> Tensor:
+        """What tells the tokens that predict the cells start … end - 1 where they are, (end - start, dim).
+
+        With "rope" the row plus the column embedding of the predicted cell; with "learned" positions that of the
+        token's own cell, the one before, and zeros for the last text slot.
+        """
+        if self.config.positions == "rope":
+            return self._cells(start, end)
+        own = self._cells(max(start - 1, 0), end - 1)
+        return F.pad(own, (0, 0, 1, 0)) if start == 0 else own
+
+    def _cells(self, start: int, end: int) -> Tensor:
+        """Row plus column embedding, (end - start, dim), of the cells start … end - 1."""
         cell = torch.arange(start, end, device=self.target_row.weight.device)
         size = self.stream.grid_size
         embedding: Tensor = self.target_row(cell // size) + self.target_column(cell % size)
         return embedding
+
+    def masks(self, start: int, end: int, num_before: int = 0) -> list[Tensor | None]:
+        """What the tokens in the slots start … end - 1 see, by layer: (end - start, num_before + end - start) bool.
+
+        num_before: tokens ahead of them that a cache holds. None stands for all up to a token's own.
+        """
+        parts = {name: getattr(self, f"{name}_mask")[start:end, start - num_before : end] for name in self._patterns}
+        return [parts.get(pattern) for pattern in self.config.layer_patterns]
+
+    def drawing_masks(self, num_slots: int, num_image_tokens: int) -> list[Tensor | None]:
+        """`masks` of a caption of so many slots and the first tokens of its picture; a prefix goes with None only."""
+        return self.masks(self.stream.text_length - num_slots, self.stream.text_length + num_image_tokens)
 
     def with_view(self, x: Tensor, view: Tensor | None) -> Tensor:
         """x (B, L, dim) plus the embeddings of view ids (B,), of the plain view unless told otherwise.
@@ -423,15 +455,23 @@ class DALLE(nn.Module):
 
     def _trunk(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
         """Runs the blocks over (B, L, dim), whose first token stands in slot `start`, behind those in the cache."""
-        length = x.shape[1]
-        return self._run(x, (self.rope_cos[start : start + length], self.rope_sin[start : start + length]), cache)
+        end = start + x.shape[1]
+        masks = self.masks(start, end, 0 if cache is None else cache.length)
+        return self._run(x, (self.rope_cos[start:end], self.rope_sin[start:end]), cache, masks)
 
-    def _run(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says."""
+    def _run(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says; see `masks`."""
         is_step = self.training and torch.is_grad_enabled() and cache is None
         run = self._training_block if self._training_block is not None and is_step else Block.__call__
+        turned = rope if self.config.positions == "rope" else None
         for layer, block in enumerate(self.blocks):
-            x = run(block, x, rope, None, cache, layer)
+            x = run(block, x, turned, None if masks is None else masks[layer], cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
         hidden: Tensor = self.final_norm(x)

@@ -9,7 +9,7 @@ the readable form, and a test holds the two equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +58,7 @@ class Engine:
             head = dalle.image_head.weight * dalle.final_norm.weight
             self._head = PackedLinear(head.float().contiguous(), is_packed=not self.is_plain)
             self._image_embedding = self._cast(dalle.image_embedding.weight)
-            cells = torch.arange(self.stream.num_image_tokens, device=self.device)
-            size = self.stream.grid_size
-            self._targets = self._cast(dalle.target_row(cells // size) + dalle.target_column(cells % size))  # (N, dim)
+            self._places = self._cast(dalle.place_embedding(0, self.stream.num_image_tokens))  # (N, dim)
 
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.dtype, copy=True).contiguous()
@@ -105,7 +103,8 @@ class Engine:
         )
         with torch.autocast(self.device.type, enabled=False):
             x = self.dalle.embed(text_ids, text_ids[:, :0], None, embedding).to(self.dtype)
-            hidden = self._trunk(x, self.stream.prompt_slots(num_slots).to(self.device), cache)
+            slots = self.stream.prompt_slots(num_slots).to(self.device)
+            hidden = self._trunk(x, slots, cache, self.dalle.drawing_masks(num_slots, 0))
             cache.prompt_length = x.shape[1]
             return self._logits(hidden[:, -1]), cache
 
@@ -114,10 +113,11 @@ class Engine:
         """Reads the n image ids (B, n) that follow those in the cache; logits (B, n, image_vocab); see `DALLE`."""
         start = self.dalle.check_extension(image_ids, cache)
         with torch.autocast(self.device.type, enabled=False):
-            x = self._image_embedding[image_ids] + self._targets[start + 1 : start + 1 + image_ids.shape[1]]
+            x = self._image_embedding[image_ids] + self._places[start + 1 : start + 1 + image_ids.shape[1]]
             x = self.dalle.with_view(x, None)
-            first = self.stream.text_length + start
-            return self._logits(self._trunk(x.to(self.dtype), slice(first, first + x.shape[1]), cache))
+            slots = slice(self.stream.text_length + start, self.stream.text_length + start + x.shape[1])
+            masks = self.dalle.masks(slots.start, slots.stop, cache.length)
+            return self._logits(self._trunk(x.to(self.dtype), slots, cache, masks))
 
     @torch.no_grad()
     def step_in_place(self, ids: Tensor, cell: Tensor, cache: KVCache) -> Tensor:
@@ -127,29 +127,33 @@ class Engine:
         goes over the whole capacity of the cache, and its length is left to the caller.
         """
         with torch.autocast(self.device.type, enabled=False):
-            x = self._image_embedding[ids] + self._targets.index_select(0, cell + 1)  # (B, dim)
+            x = self._image_embedding[ids] + self._places.index_select(0, cell + 1)  # (B, dim)
             x = self.dalle.with_view(x[:, None], None).to(self.dtype)
             slot, place = self.stream.text_length + cell, cache.prompt_length + cell
             is_later = torch.arange(cache.capacity, device=self.device) > place
             bias = torch.zeros(cache.capacity, 1, device=self.device, dtype=self.dtype)
             bias = bias.masked_fill(is_later[:, None], -torch.inf)
+            first = self.stream.text_length - cache.prompt_length
+            masks = self.dalle.masks(first, first + cache.capacity)  # of all queries
 
-            def mix(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            def mix(index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 keys, values = cache.keys[index], cache.values[index]
                 keys.index_copy_(2, place, k.transpose(1, 2))
                 values.index_copy_(2, place, v.transpose(1, 2))
                 scores = keys @ q.transpose(1, 2).mT + bias  # (B, H, M, 1)
+                if mask is not None:
+                    scores = scores.masked_fill(~mask.index_select(0, place).mT, -torch.inf)
                 return (scores.softmax(dim=2).mT @ values).transpose(1, 2).flatten(2)
 
             for index, layer in enumerate(self._layers):
                 tables = layer.cos.index_select(0, slot), layer.sin.index_select(0, slot)
-                x = self._block(layer, index, x, tables, cache, mix)
+                x = self._block(layer, index, x, tables, cache, mix, masks[index])
             return self._logits(self._norm(x)[:, 0])
 
-    def _trunk(self, x: Tensor, slots: Tensor | slice, cache: KVCache) -> Tensor:
-        """All layers and the last norm, over x (B, n, dim) whose tokens stand in `slots`."""
+    def _trunk(self, x: Tensor, slots: Tensor | slice, cache: KVCache, masks: Sequence[Tensor | None]) -> Tensor:
+        """All layers and the last norm, over x (B, n, dim) whose tokens stand in `slots`; masks: see `DALLE.masks`."""
         for index, layer in enumerate(self._layers):
-            x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.mix)
+            x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.mix, masks[index])
         cache.advance(x.shape[1])
         return self._norm(x)
 
@@ -167,19 +171,22 @@ class Engine:
         x: Tensor,
         tables: tuple[Tensor, Tensor],
         cache: KVCache,
-        mix: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        mix: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor],
+        mask: Tensor | None,
     ) -> Tensor:
-        """One block over x (B, n, dim). mix: attention over the cache, as `KVCache.mix`."""
+        """One block over x (B, n, dim). mix: attention over the cache, as `KVCache.mix`; mask: its last argument."""
         batch, count, _ = x.shape
         heads, head_dim = self.config.heads, self._head_dim
         qkv = layer.qkv(self._norm_and_shift(layer, index, 0, x, cache)).view(batch, count, 3, heads, head_dim)
         qk = torch.layer_norm(qkv, (head_dim,), eps=1e-6)[:, :, :2]  # with the values: whole, it needs no copy
         qk = torch.addcmul(qk * tables[0], qk.roll(head_dim // 2, dims=-1), tables[1])
-        x = layer.out.plus(mix(index, qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]), x)
+        x = layer.out.plus(mix(index, qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2], mask), x)
         h = self._norm_and_shift(layer, index, 1, x, cache)
         if self.config.ffn == "swiglu":
             gate, value = layer.up(h).chunk(2, dim=-1)
             hidden = F.silu(gate) * value
+        elif self.config.ffn == "gelu":
+            hidden = F.gelu(layer.up(h))
         else:
             hidden = layer.up.relu(h).square_()
         return layer.down.plus(hidden, x)

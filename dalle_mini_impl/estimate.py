@@ -59,14 +59,16 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The stages, and what drawing takes: the cache of a picture, both guidance branches, in bf16."""
+    """The stages, and what drawing takes: the cache of a picture in bf16, with guidance both of its branches."""
 
     stages: dict[Stage, StageEstimate]
     text_length: int
     image_tokens: int
+    guidance: float
+    """The recipe's scale; at 1 there is one branch."""
     cache_bytes: int
     draw_flops: float
-    """Operations of drawing one picture with guidance."""
+    """Operations of drawing one picture."""
 
 
 def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
@@ -98,13 +100,15 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
         passes["prior"] = prior, lambda: prior(text, vector, bucket, codes)
     trained = [stage for stage in (*STAGES, *OPTIONAL_STAGES) if stage in passes]
     stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in trained}
-    config, tokens = recipe.dalle, stream.num_inputs
+    config, tokens, guidance = recipe.dalle, stream.num_inputs, recipe.sampling.guidance
+    branches = 1 if guidance == 1 else 2
     return Estimate(
         stages=stages,
         text_length=stream.text_length,
         image_tokens=stream.num_image_tokens,
-        cache_bytes=2 * 2 * config.layers * config.dim * tokens * _BF16,
-        draw_flops=2 * stages["dalle"].forward_flops,
+        guidance=guidance,
+        cache_bytes=branches * 2 * config.layers * config.dim * tokens * _BF16,
+        draw_flops=branches * stages["dalle"].forward_flops,
     )
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from dalle_mini_impl.bench.ablate import Ablation, begin_from, read_plan, share_out, shared_stages, table
+from dalle_mini_impl.bench.ablate import Ablation, begin_from, read_plan, read_recipes, share_out, shared_stages, table
 from dalle_mini_impl.config import STAGES, Recipe
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.run import train
 from tests.tiny import TINY_VALUES
 
 DATA = "shapes:count=40"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,30 @@ def test_a_plan_is_a_list_of_settings_an_arm(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ValueError, match="has no arms"):
         read_plan(path)
+
+
+def test_an_arm_may_have_a_recipe_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text("[arms]\nours = []\n")
+    assert read_recipes(path) == {}
+    path.write_text('[arms]\nours = []\n[recipes]\nours = "ours.toml"\n')
+    with pytest.raises(ValueError, match=r"no recipe at .*ours\.toml; its path starts beside the plan"):
+        read_recipes(path)
+    (tmp_path / "ours.toml").touch()
+    assert read_recipes(path) == {"ours": tmp_path / "ours.toml"}
+    path.write_text('[arms]\nours = []\n[recipes]\nouts = "ours.toml"\n')
+    with pytest.raises(ValueError, match="recipe of 'outs', but there is no such arm"):
+        read_recipes(path)
+
+
+@pytest.mark.parametrize(("plan", "config"), [("dalle", "shapes"), ("dalle1", "dalle1-shapes")])
+def test_the_arms_of_the_plans_that_ship_are_recipes(plan: str, config: str) -> None:
+    path = CONFIGS / "ablations" / f"{plan}.toml"
+    recipes = read_recipes(path)
+    arms = read_plan(path)
+    parsed = [Recipe.from_toml(recipes.get(name, CONFIGS / f"{config}.toml"), arms[name]) for name in arms]
+    unnamed = [recipe.model_dump_json(exclude={"name"}) for recipe in parsed]
+    assert len(set(unnamed)) == len(arms), "two arms are the same recipe"
 
 
 def test_a_table_leaves_out_what_nobody_measured() -> None:
@@ -102,3 +127,16 @@ def test_arms_are_trained_judged_and_not_repeated(base: Path, tmp_path: Path) ->
     assert (tmp_path / "results.jsonl").read_text() == written
     with pytest.raises(RuntimeError, match="train failed with exit status 2"):
         ablation.run({"broken": ["dalle.dims=3"]})
+
+
+def test_an_arm_with_a_recipe_of_its_own_shares_nothing(base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "paper.toml"
+    text = (base / "recipe.toml").read_text().replace("codebook_size = 32", "codebook_size = 24")
+    recipe.write_text(text)
+    arms = {"paper": ["vae.quantizer=gumbel", "vae.reconstruction=logit_laplace", "dalle.attention=dalle1"]}
+    ablation = Ablation(base / "recipe.toml", DATA, tmp_path, base=base / "run", prompts=2, recipes={"paper": recipe})
+    (result,) = ablation.run(arms)
+    assert result["vae_steps"] == 2 and result["recipe"] == str(recipe)
+    bundle = load_bundle(tmp_path / "paper")
+    assert bundle.recipe.dalle.layer_patterns == ("row", "conv") and bundle.recipe.vae.num_codes == 24
+    assert "`paper.toml` `vae.quantizer=gumbel`" in table([result])

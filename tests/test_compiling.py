@@ -15,8 +15,8 @@ from dalle_mini_impl.training.compiling import LONG_ENOUGH_SEC, LONG_ENOUGH_STEP
 from tests.tiny import tiny_bundle
 
 
-def dalle() -> DALLE:
-    model = tiny_bundle("dalle.reading_share=0.25").dalle
+def dalle(*overrides: str) -> DALLE:
+    model = tiny_bundle(*overrides).dalle
     assert model is not None
     return model.train()
 
@@ -24,7 +24,8 @@ def dalle() -> DALLE:
 def loss_and_gradients(model: DALLE) -> list[torch.Tensor]:
     text = torch.randint(5, 20, (4, model.stream.text_length), generator=torch.Generator().manual_seed(0))
     ids = torch.randint(32, (4, 16), generator=torch.Generator().manual_seed(1))
-    losses = model.loss(text, ids, reads=torch.tensor([True, False, False, False]))
+    reads = None if model.reading is None else torch.tensor([True, False, False, False])
+    losses = model.loss(text, ids, reads=reads)
     total = losses.text_nll_sum + losses.image_nll_sum + losses.read_nll_sum
     return [total, *torch.autograd.grad(total, list(model.parameters()))]
 
@@ -42,8 +43,9 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
     return compiled
 
 
-def test_compiled_blocks_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, compiled = dalle(), dalle()
+@pytest.mark.parametrize("override", ["dalle.reading_share=0.25", 'dalle.attention=["row", "full"]'])
+def test_compiled_blocks_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch, override: str) -> None:
+    plain, compiled = dalle(override), dalle(override)
     use_backend(monkeypatch, "aot_eager")
     compiled.compile_blocks()
     for ours, theirs in zip(loss_and_gradients(compiled), loss_and_gradients(plain), strict=True):

@@ -45,6 +45,13 @@ def test_the_cache_is_as_large_as_the_one_that_is_allocated() -> None:
     assert estimate(recipe).cache_bytes == 2 * cache.keys.numel() * cache.keys.element_size()
 
 
+def test_without_guidance_one_branch_is_drawn() -> None:
+    with_guidance, without = (estimate(tiny_recipe(f"sampling.guidance={scale}")) for scale in (3, 1))
+    assert (with_guidance.guidance, without.guidance) == (3, 1)
+    assert with_guidance.cache_bytes == 2 * without.cache_bytes
+    assert with_guidance.draw_flops == 2 * without.draw_flops == 2 * without.stages["dalle"].forward_flops
+
+
 def test_activations_grow_with_the_batch_and_shrink_when_it_is_cut_up() -> None:
     small, large, cut = (
         estimate(tiny_recipe(*values)).stages["dalle"].activation_bytes
@@ -62,12 +69,24 @@ def test_dalle_1_has_its_12_billion_parameters_and_is_never_allocated() -> None:
     result = estimate(recipe, devices=64)
     part = result.stages["dalle"]
     assert 12.0e9 < part.parameters < 12.4e9
+    patterns = recipe.dalle.layer_patterns
+    assert patterns[:4] == ("row", "column", "row", "row") and patterns[-1] == "conv" and len(patterns) == 64
+    assert recipe.vae.num_codes == 8192 and recipe.text.vocab_size == 16384
     assert (result.text_length, result.image_tokens) == (256, 1024)
     assert part.device_bytes(64) < part.device_bytes(1) / 8
     assert part.hours("h200", 64) == pytest.approx(part.hours("h200") / 64)
 
 
-@pytest.mark.parametrize("name", ["shapes", "emoji"])
+def test_sparse_attention_is_counted_as_the_masked_full_one_that_is_computed() -> None:
+    full, sparse = (
+        estimate(tiny_recipe("dalle.layers=4", f"dalle.attention={attention}")) for attention in ("full", "dalle1")
+    )
+    assert sparse.stages["dalle"].forward_flops == full.stages["dalle"].forward_flops
+    assert sparse.stages["dalle"].parameters == full.stages["dalle"].parameters
+    assert sparse.cache_bytes == full.cache_bytes and sparse.draw_flops == full.draw_flops
+
+
+@pytest.mark.parametrize("name", ["shapes", "emoji", "dalle1-shapes"])
 def test_every_recipe_can_be_estimated(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(ROOT / "configs" / f"{name}.toml")
     for options in ([], ["--json"]):

@@ -184,7 +184,7 @@ def test_angles_of_the_grid_ignore_the_length_of_the_text(text_length: int) -> N
     assert bool(angles[:text_length].abs().sum(dim=1).gt(0).all())  # and no text at angle 0
 
 
-@pytest.mark.parametrize("kind", ["relu2", "swiglu"])
+@pytest.mark.parametrize("kind", ["relu2", "swiglu", "gelu"])
 def test_feed_forward_follows_its_formula(kind: str) -> None:
     ffn = FeedForward(DIM, kind, 4.0)  # type: ignore[arg-type]
     randomize(ffn)
@@ -192,6 +192,8 @@ def test_feed_forward_follows_its_formula(kind: str) -> None:
     up = x @ ffn.up.weight.t()
     if kind == "relu2":
         hidden = up.clamp(min=0) ** 2
+    elif kind == "gelu":
+        hidden = up * torch.special.ndtr(up)
     else:
         gate, value = up[:, : up.shape[1] // 2], up[:, up.shape[1] // 2 :]
         hidden = gate * torch.sigmoid(gate) * value

@@ -11,7 +11,7 @@ from dalle_mini_impl.config import Recipe, Section
 from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, adopt_architecture
 from tests.tiny import tiny_bundle
 
-ALWAYS_THE_RECIPES_OWN = {"name", "seed", "train", "sampling"}
+ALWAYS_THE_RECIPES_OWN = {"name", "seed", "train", "vqgan", "sampling"}
 TRAINING_KEYS: dict[str, frozenset[str]] = {
     "data": frozenset({"validation_fraction", "image_column", "caption_column", "min_side_px", "max_megapixels"}),
     "text": frozenset({"bpe_dropout"}),
@@ -33,7 +33,8 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
         }
     ),
     "clip": frozenset({"reconstructed_share", "hard_negatives"}),
-    "dalle": frozenset({"dropout", "token_corruption", "caption_dropout", "text_loss_weight"}),
+    "dalle": frozenset({"dropout", "token_corruption", "caption_dropout", "embedding_dropout", "text_loss_weight"}),
+    "prior": frozenset({"dropout", "caption_dropout"}),
 }
 """A new key of a recipe belongs here if a checkpoint means the same whatever its value, else to ARCHITECTURE_KEYS."""
 
@@ -58,6 +59,7 @@ def changed(value: Any, key: str) -> Any:
         "quantizer": "fsq", "reconstruction": "logit_laplace", "ffn": "swiglu", "fit": "pad", "loss": "siglip",
         "views": ["plain", "flip"], "fsq_levels": [4, 4], "patch": 4, "downsample": 8,
         "image_column": "picture", "caption_column": "words", "validation_fraction": 0.3, "slot_step": 8,
+        "num_dims": 8, "attention": "dalle1", "attention_kernel": 5, "positions": "learned", "reading_share": 0.0,
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -68,7 +70,7 @@ def changed(value: Any, key: str) -> Any:
 
 @pytest.mark.parametrize("section", ARCHITECTURE_KEYS)
 def test_each_key_comes_from_the_side_it_belongs_to(section: str) -> None:
-    bundle = tiny_bundle()
+    bundle = tiny_bundle(*(["dalle.image_prefix=2"] if section == "prior" else []))
     values = bundle.recipe.model_dump(mode="json")
     values[section] = {key: changed(value, key) for key, value in values[section].items()}
     recipe = Recipe.parse(values)

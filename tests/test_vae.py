@@ -371,6 +371,9 @@ def test_gumbel_schedules_run_over_their_share_of_the_run() -> None:
     for done in (0.8, 0.9, 1.0):
         assert gumbel.temperature(done) == pytest.approx(1 / 16)
     assert [gumbel.kl_weight(done) for done in (0.0, 0.1, 0.2, 1.0)] == pytest.approx([0.0, 3.3, 6.6, 6.6])
+    quarter = (1 - 0.5**0.5) / 2  # of a cosine's half-period
+    assert gumbel.kl_weight(0.05) == pytest.approx(6.6 * quarter)
+    assert gumbel.temperature(0.2) == pytest.approx(1 - 15 / 16 * quarter)
     still = GumbelQuantizer(_config("gumbel", temperature_anneal=0.0, kl_warmup=0.0))
     assert (still.temperature(0.0), still.kl_weight(0.0)) == (pytest.approx(1 / 16), pytest.approx(6.6))
 
@@ -406,6 +409,35 @@ def test_gumbel_samples_follow_the_logits_and_are_soft_only_in_training() -> Non
     assert gumbel.eval()(latents, 0.0).vectors.unique().tolist() == [0.0, 1.0]
 
 
+def test_a_fresh_encoder_s_codes_stand_out_from_the_gumbel_noise() -> None:
+    torch.manual_seed(0)
+    vae = DiscreteVAE(VAEConfig(quantizer="gumbel", codebook_size=64), 64)
+    logits = vae.encoder(torch.rand(4, 3, 64, 64) - 0.5)
+    assert 2.0 < logits.std(dim=1).mean().item() < 6.0
+    likeliest = logits.softmax(dim=1).amax(dim=1).mean().item()
+    assert 0.2 < likeliest < 0.95, "neither all alike nor decided"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_gumbel_codes_carry_a_picture_under_the_paper_s_kl_weight(seed: int) -> None:
+    """Plain colours through the paper's schedules in 150 steps; from flat logits they come back at 9 to 20 dB."""
+    torch.manual_seed(seed)
+    changes = {"reconstruction": "logit_laplace", "downsample": 8, "patch": 8, "width": 16, "codebook_size": 512}
+    vae = DiscreteVAE(_config("gumbel", **changes), 16).train()
+    colours = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.8, 0.2], [0.1, 0.2, 0.9], [0.9, 0.9, 0.1]])
+    images = colours[:, :, None, None].expand(-1, -1, 16, 16).repeat(2, 1, 1, 1).contiguous()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(150):
+        loss, _ = vae.loss(images, step / 150, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    ids = vae.eval().encode(images[:4])
+    assert len(ids.unique(dim=0)) == 4
+    assert reconstruction_metrics(images[:4], vae.decode(ids))["psnr"].min() > 25
+
+
 # --- losses ---
 
 
@@ -432,6 +464,31 @@ def test_logit_laplace_is_likeliest_at_its_mean_and_reads_it_back() -> None:
     assert best < logit_laplace_nll(pictures, logits + 0.2, log_scale)
     assert best < logit_laplace_nll(pictures, logits - 0.2, log_scale)
     assert logit_laplace_nll(pictures, logits, torch.full_like(logits, -1e9)).isfinite()
+
+
+def test_logit_laplace_is_the_negative_log_likelihood_of_a_laplace_behind_a_sigmoid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(200, generator=generator)
+    mean, log_scale = torch.randn(200, generator=generator), torch.randn(200, generator=generator)
+    laplace = torch.distributions.Laplace(mean, log_scale.exp())
+    behind = torch.distributions.TransformedDistribution(laplace, [torch.distributions.SigmoidTransform()])
+    expected = -behind.log_prob(0.8 * pictures + 0.1).mean()  # φ of equation 3
+    assert logit_laplace_nll(pictures, mean, log_scale).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_logit_laplace_pulls_the_mean_to_the_picture_and_the_scale_to_the_error() -> None:
+    pictures = torch.tensor([0.2, 0.2, 0.9, 0.9])
+    mean, log_scale = torch.tensor([3.0, -3.0, 3.0, -3.0]), torch.zeros(4)
+    mean.requires_grad_(), log_scale.requires_grad_()
+    logit_laplace_nll(pictures, mean, log_scale).backward()
+    assert mean.grad is not None and mean.grad.sign().tolist() == [1, -1, 1, -1]  # a step downhill goes to the picture
+    errors = torch.tensor([0.01, 0.5, 2.0, 20.0])
+    scale = torch.zeros(4, requires_grad=True)
+    logit_laplace_nll(torch.full((4,), 0.5), errors, scale).backward()
+    assert scale.grad is not None and scale.grad.sign().tolist() == [1, 1, -1, -1]  # sharper where it errs by less
+    best = logit_laplace_nll(torch.full((4,), 0.5), errors, errors.log())
+    for factor in (0.5, 2.0):
+        assert best < logit_laplace_nll(torch.full((4,), 0.5), errors, (factor * errors).log())
 
 
 def _slow_ssim(x: Tensor, y: Tensor, window: int, stride: int) -> float:

@@ -10,6 +10,11 @@ The plan is a TOML file with one list of settings an arm, as --set takes them:
     [arms]
     "as it is" = []
     "batch 32" = ["train.dalle.batch_size=32"]
+
+An arm with a recipe of its own names it, beside the plan, and shares nothing with the base run:
+
+    [recipes]
+    "as it is" = "../shapes.toml"
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
@@ -53,6 +58,18 @@ def read_plan(path: Path) -> dict[str, Settings]:
         if not isinstance(settings, list) or not all(isinstance(item, str) for item in settings):
             raise ValueError(f'{path}: arm {name!r} is {settings!r}; it must be a list like ["dalle.layers=4"]')
     return dict(arms)
+
+
+def read_recipes(path: Path) -> dict[str, Path]:
+    """The arms of a plan that have a recipe of their own; ValueError where there is no such arm or recipe."""
+    plan = tomllib.loads(path.read_text(encoding="utf-8"))
+    recipes = {name: path.parent / recipe for name, recipe in plan.get("recipes", {}).items()}
+    for name, recipe in recipes.items():
+        if name not in plan.get("arms", {}):
+            raise ValueError(f"{path}: recipe of {name!r}, but there is no such arm: give it a line in [arms], too")
+        if not recipe.is_file():
+            raise ValueError(f"{path}: arm {name!r} has no recipe at {recipe}; its path starts beside the plan")
+    return recipes
 
 
 def shared_stages(settings: Sequence[str]) -> list[Stage]:
@@ -140,7 +157,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "|---" * (len(shown) + 2) + "|",
     ]
     for result in results:
-        settings = " ".join(f"`{setting}`" for setting in result["settings"]) or "–"
+        own = [Path(result["recipe"]).name] if "recipe" in result else []
+        settings = " ".join(f"`{setting}`" for setting in (*own, *result["settings"])) or "–"
         cells = [form.format(result[key]) if key in result else "–" for key, (_, form) in shown.items()]
         lines.append(f"| {result['arm']} | {settings} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -151,6 +169,7 @@ class Ablation:
     """What all arms share.
 
     common: settings of all of them, those of the base run among them. prompts: of each kind that the checker judges.
+    recipes: of the arms that don't change `config`, but have their own.
     """
 
     config: Path
@@ -161,6 +180,7 @@ class Ablation:
     jobs: int = 1
     prompts: int = 200
     common: Sequence[str] = ()
+    recipes: Mapping[str, Path] = field(default_factory=dict)
 
     def run(self, arms: Mapping[str, Settings]) -> list[dict[str, Any]]:
         """Trains and judges every arm that isn't in results.jsonl; returns all results in the plan's order."""
@@ -191,14 +211,23 @@ class Ablation:
         """Trains one arm and has it judged."""
         folder = self.out / re.sub(r"[^\w.=-]+", "_", name)
         shutil.rmtree(folder, ignore_errors=True)  # of an ablation that was stopped
-        if self.base is not None:
+        if self.base is not None and name not in self.recipes:
             begin_from(self.base, folder, shared_stages(settings))
         log = self.out / f"{folder.name}.log"
-        command = ["train", "--config", str(self.config), "--data", self.data, "--out", str(folder)]
+        config = str(self.recipes.get(name, self.config))
+        command = ["train", "--config", config, "--data", self.data, "--out", str(folder)]
         for setting in (*self.common, *settings):
             command += ["--set", setting]
         run_on(cores, command if self.budget is None else [*command, "--budget", self.budget], log)
-        result = {"arm": name, "settings": settings, "budget": self.budget, "cores": len(cores), **measured(folder)}
+        own = {"recipe": config} if name in self.recipes else {}
+        result = {
+            "arm": name,
+            **own,
+            "settings": settings,
+            "budget": self.budget,
+            "cores": len(cores),
+            **measured(folder),
+        }
         if self.prompts and self.data.split(":")[0] == "shapes":
             report = self.out / f"{folder.name}.json"
             judge = ["evaluate", "--checkpoint", str(folder), "--prompts", str(self.prompts), "--out", str(report)]
@@ -229,7 +258,7 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Settings of all arms.")] = None,
 ) -> None:
     """Train arms of a recipe for the same time each, and compare them."""
-    ablation = Ablation(config, data, out, base, budget, jobs, prompts, set_ or [])
+    ablation = Ablation(config, data, out, base, budget, jobs, prompts, set_ or [], read_recipes(plan))
     typer.echo(table(ablation.run(read_plan(plan))))
 
 

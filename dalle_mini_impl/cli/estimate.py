@@ -66,7 +66,8 @@ def _print(result: Estimate, hardware: str, devices: int) -> None:
     Console().print(table)
     typer.echo(
         f"Drawing: {result.text_length} + {result.image_tokens} tokens, {_flops(result.draw_flops)} operations and "
-        f"{_bytes(result.cache_bytes)} of cache a picture, with guidance"
+        f"{_bytes(result.cache_bytes)} of cache a picture, "
+        + ("without guidance" if result.guidance == 1 else "with guidance")
     )
 
 

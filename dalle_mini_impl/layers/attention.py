@@ -116,17 +116,21 @@ class KVCache:
             )
         return self.length + tokens
 
-    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Appends n tokens and lets them attend to all up to their own; q, k, v (B, n, H, D) to (B, n, H * D).
 
-        q is scaled already.
+        q is scaled already. mask: (n, length + n) bool, True where a token may be seen, if that isn't all up to a
+        token's own.
         """
         keys, values = self.append(layer, k.transpose(1, 2), v.transpose(1, 2))
         q = q.transpose(1, 2)
         if q.shape[2] == 1:
-            mixed = (keys @ q.mT).softmax(dim=2).mT @ values
+            scores = keys @ q.mT  # (B, H, M, 1)
+            if mask is not None:
+                scores = scores.masked_fill(~mask.mT, -torch.inf)
+            mixed = scores.softmax(dim=2).mT @ values
         else:
-            mixed = attend(q * q.shape[-1] ** 0.5, keys, values, None, 0.0, True)
+            mixed = attend(q * q.shape[-1] ** 0.5, keys, values, mask, 0.0, mask is None)
         return mixed.transpose(1, 2).flatten(2)
 
     def shift_one(self, layer: int, which: int, x: Tensor, mix: Tensor) -> Tensor:
@@ -161,13 +165,17 @@ class KVCache:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal: bool) -> Tensor:
     """Scaled dot-product attention of (B, H, L, D) queries over (B, H, M, D) keys and values.
 
-    is_causal: the queries are those of the last L keys, and none sees a later key.
+    is_causal: the queries are those of the last L keys, and none sees a later key. mask: bool, True where a key may be
+    seen, (L, M) or with dimensions for batch and heads; it stands alone, without is_causal.
     On the CPU in bf16 the fused kernel is slow, with one query and in its backward pass; short streams run 3 times
     faster as two batched products and a softmax.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512 and mask is None and not dropout:
+    is_short = num_keys <= 512 and (mask is None or mask.ndim == 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and is_short and not dropout:
         scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, L, M)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         if is_causal:
             future = torch.full((num_queries, num_keys), -torch.inf, dtype=scores.dtype, device=scores.device)
             scores = scores + future.triu(1 + num_keys - num_queries)
@@ -206,8 +214,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Mixes x, (B, L, dim), over its tokens and those in the cache.
 
-        rope: cos and sin, (L, D/2), of the positions of x. mask: (B, 1, 1, L) bool, True where a key may be seen,
-        only without a cache. cache: holds the tokens before x, and then those of x, too.
+        rope: cos and sin, (L, D/2), of the positions of x. mask: bool, True where a key may be seen, in place of the
+        causal one: (L, M) for M keys, those in the cache first, or, without a cache, (B, 1, 1, L). cache: holds the
+        tokens before x, and then those of x, too.
         """
         q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
         q, k = self.query_norm(q), self.key_norm(k)  # (B, H, L, D)
@@ -217,6 +226,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), mask, dropout, self.causal and x.shape[1] > 1)
+        is_causal = self.causal and x.shape[1] > 1 and mask is None
+        mixed = attend(q, k.to(q.dtype), v.to(q.dtype), mask, dropout, is_causal)
         out: Tensor = self.out(rearrange(mixed, "b h l d -> b l (h d)"))
         return out

@@ -51,7 +51,7 @@ class BagCache(KVCache):
     def _keys_shape(layers: int, batch: int, heads: int, capacity: int, head_dim: int) -> tuple[int, ...]:
         return layers, batch, heads, -(-capacity // CHUNK), head_dim, CHUNK
 
-    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """See `KVCache.mix`."""
         count = q.shape[1]
         end = self.check_room(count)
@@ -65,7 +65,7 @@ class BagCache(KVCache):
             self.keys[layer][:, :, positions // CHUNK, :, positions % CHUNK] = k.transpose(0, 1)
             self.values[layer, :, :, self.length : end] = v.transpose(1, 2)
         if count > MAX_QUERIES:
-            return self._by_products(layer, q, end)
+            return self._by_products(layer, q, end, mask)
         places = self._find_places(end, count)
         chunks = -(-end // CHUNK)
         weights = q[:, :, :, None].expand(-1, -1, -1, chunks, -1).reshape(-1)
@@ -75,6 +75,8 @@ class BagCache(KVCache):
             scores[..., end:] = -torch.inf
         else:
             scores.masked_fill_(places.unseen, -torch.inf)
+        if mask is not None:
+            scores[..., :end].masked_fill_(~mask[:, None], -torch.inf)
         shares = scores.softmax(dim=-1)[..., :end].reshape(-1)  # whole chunks: a sum's bits depend on its length
         mixed = _weighted_sums(value_table, places.value_rows, places.value_bags, shares)
         return mixed.view(batch, count, heads * head_dim)
@@ -89,10 +91,11 @@ class BagCache(KVCache):
         _, values, last = super()._filled()
         return [(self.keys[:, :, :, : -(-self.length // CHUNK)], 1), values, last]
 
-    def _by_products(self, layer: int, q: Tensor, end: int) -> Tensor:
+    def _by_products(self, layer: int, q: Tensor, end: int, mask: Tensor | None) -> Tensor:
         keys = self.keys[layer].transpose(3, 4).flatten(2, 3)[:, :, :end]  # (B, H, M, D)
         scaled = q.transpose(1, 2) * q.shape[-1] ** 0.5
-        return attend(scaled, keys, self.values[layer, :, :, :end], None, 0.0, True).transpose(1, 2).flatten(2)
+        mixed = attend(scaled, keys, self.values[layer, :, :, :end], mask, 0.0, mask is None)
+        return mixed.transpose(1, 2).flatten(2)
 
     def _find_places(self, end: int, count: int) -> _Places:
         """The rows to read when `end` tokens are filled, the same for every layer of a pass."""

@@ -38,9 +38,10 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """relu2: W₂ relu(W₁ x)² (Primer, arXiv 2109.08668); swiglu: W₂ (silu(W_g x) · W₁ x) (arXiv 2002.05202)."""
+    """relu2: W₂ relu(W₁ x)² (Primer, arXiv 2109.08668); swiglu: W₂ (silu(W_g x) · W₁ x) (arXiv 2002.05202); gelu:
+    W₂ gelu(W₁ x), DALL·E 1's."""
 
-    def __init__(self, dim: int, kind: Literal["relu2", "swiglu"], multiple: float) -> None:
+    def __init__(self, dim: int, kind: Literal["relu2", "swiglu", "gelu"], multiple: float) -> None:
         super().__init__()
         hidden = max(8, int(dim * multiple / 8 + 0.5) * 8)
         self.kind = kind
@@ -54,6 +55,8 @@ class FeedForward(nn.Module):
         if self.kind == "swiglu":
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
+        elif self.kind == "gelu":
+            hidden = F.gelu(hidden)
         else:
             hidden = squared_relu(hidden)
         out: Tensor = self.down(hidden)
@@ -69,7 +72,7 @@ class Block(nn.Module):
         heads: int,
         *,
         causal: bool,
-        ffn: Literal["relu2", "swiglu"] = "relu2",
+        ffn: Literal["relu2", "swiglu", "gelu"] = "relu2",
         ffn_multiple: float = 4.0,
         dropout: float = 0.0,
         token_shift: bool = False,

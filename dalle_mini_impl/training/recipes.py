@@ -36,7 +36,19 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
         {"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss", "token_shift"}
     ),
     "dalle": frozenset(
-        {"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift", "reading_share", "image_prefix"}
+        {
+            "dim",
+            "layers",
+            "heads",
+            "attention",
+            "attention_kernel",
+            "positions",
+            "ffn",
+            "ffn_multiple",
+            "token_shift",
+            "reading_share",
+            "image_prefix",
+        }
     ),
     "prior": frozenset({"num_dims", "num_buckets", "num_dot_buckets", "dim", "layers", "heads"}),
 }

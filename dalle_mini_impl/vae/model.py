@@ -13,6 +13,10 @@ from dalle_mini_impl.vae.backbone import build_decoder, build_encoder
 from dalle_mini_impl.vae.losses import from_logit_laplace, logit_laplace_nll, mixed_loss
 from dalle_mini_impl.vae.quantizers import Quantized, build_quantizer
 
+LOGITS_STD = 6.0
+"""Deviation of a fresh gumbel encoder's logits, over that of its features. Its codes have to stand out from the Gumbel
+noise (of 1.3) at once: flat logits carry nothing that the decoder could learn to read, and the KL then keeps it so."""
+
 
 @dataclass(frozen=True)
 class VAEOutput:
@@ -36,6 +40,10 @@ class DiscreteVAE(nn.Module):
         self.quantizer = build_quantizer(config)
         self.num_codes = self.quantizer.num_codes
         self.encoder = build_encoder(config, self.quantizer.in_channels)
+        if config.quantizer == "gumbel":
+            head = self.encoder[-1]
+            assert isinstance(head, nn.Conv2d)
+            nn.init.normal_(head.weight, std=LOGITS_STD * head.in_channels**-0.5)
         raw_channels = 6 if config.reconstruction == "logit_laplace" else 3
         self.decoder = build_decoder(config, self.quantizer.out_channels, raw_channels)
 

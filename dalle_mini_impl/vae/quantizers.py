@@ -296,14 +296,11 @@ class GumbelQuantizer(Quantizer):
 
     def temperature(self, progress: float) -> float:
         """Falls from 1 to temperature_final along a cosine over temperature_anneal of the run."""
-        config = self.config
-        done = min(1.0, progress / config.temperature_anneal) if config.temperature_anneal else 1.0
-        cosine = 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item())
-        return config.temperature_final + (1 - config.temperature_final) * cosine
+        return 1 + (self.config.temperature_final - 1) * _cosine_ramp(progress, self.config.temperature_anneal)
 
     def kl_weight(self, progress: float) -> float:
-        """Rises linearly from 0 to kl_weight over kl_warmup of the run."""
-        return self.config.kl_weight * (min(1.0, progress / self.config.kl_warmup) if self.config.kl_warmup else 1.0)
+        """Rises from 0 to kl_weight along a cosine over kl_warmup of the run."""
+        return self.config.kl_weight * _cosine_ramp(progress, self.config.kl_warmup)
 
     def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
         """Soft codes while training, hard ones in evaluation; the KL is per picture, divided by its pixels later."""
@@ -328,6 +325,12 @@ class GumbelQuantizer(Quantizer):
     def vectors(self, ids: Tensor, height: int) -> Tensor:
         """The codes' embeddings."""
         return _grid(self.codebook(ids.flatten()), ids.shape[0], height)
+
+
+def _cosine_ramp(progress: float, share: float) -> float:
+    """From 0 to 1 along half a cosine over a share of the run; 1 from the start where that is 0."""
+    done = min(1.0, progress / share) if share else 1.0
+    return 0.5 * (1 - math.cos(math.pi * done))
 
 
 def build_quantizer(config: VAEConfig) -> Quantizer:
