@@ -21,7 +21,7 @@ from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
-from dalle_mini_impl.training.checkpoint import save_weights
+from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.run import ORDER, train
 from tests.tiny import tiny_recipe
 
@@ -110,8 +110,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, how: Callable[[], Non
     monkeypatch.setattr(loop.StageTrainer, "_one_step", one_step)
 
 
+class Crash(Exception):
+    pass
+
+
 def crash() -> None:
-    raise KeyboardInterrupt
+    raise Crash
 
 
 def terminate() -> None:
@@ -134,7 +138,7 @@ def test_resuming_loses_neither_a_step_nor_a_bit(
         if how is terminate:
             assert train(recipe(), DATA, out, stages=[stage]) is False
         else:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Crash):
                 train(recipe(), DATA, out, stages=[stage])
     with pytest.raises(ValueError, match="add --resume"):
         train(recipe(), DATA, out, stages=[stage])
@@ -194,7 +198,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_after_a_few(
         train(recipe(steps=20), DATA, tmp_path / "run", stages=["vae"])
     skipped = [line for line in lines(tmp_path / "run", "vae") if "skipped" in line]
     assert [line["step"] for line in skipped] == [3, 4, 5, 6, 7]
-    assert all(len(line["items"]) == 8 for line in skipped)
+    assert all(len(line["pictures"]) == 8 for line in skipped)
 
 
 def test_where_no_picture_can_be_used_the_report_names_each(tmp_path: Path) -> None:
@@ -231,7 +235,8 @@ def test_of_equal_evaluations_the_last_is_kept(tmp_path: Path, monkeypatch: pyte
     """One held-out pair costs InfoNCE nothing from the first evaluation on: its weights must not be the ones kept."""
     monkeypatch.setattr("dalle_mini_impl.training.tasks.evaluation.reconstruct", lambda *_: {"psnr": 0.0})
     saved: list[int] = []
-    monkeypatch.setattr(loop, "save_weights", lambda path, weights: (saved.append(1), save_weights(path, weights)))
+    save_best = StateFolder.save_best
+    monkeypatch.setattr(StateFolder, "save_best", lambda *arguments: (saved.append(1), save_best(*arguments)))
     assert train(recipe(), DATA, tmp_path / "run", stages=["vae"])
     assert len(saved) == 2
 

@@ -65,13 +65,9 @@ def train(
             already_sec=process_age_sec(),
             accelerator=accelerator,
         )
-    except KeyboardInterrupt:  # outside of a stage's steps: nothing is lost that wouldn't be made again
-        finished = False
     except OSError as error:
         error.add_note("then the same command with --resume goes on from what is saved")
         raise
-    finally:
-        accelerator.end_training()
     if accelerator.is_main_process:
         checkpoint = out / "checkpoint"
         done = f"{checkpoint} is ready: python sample.py --checkpoint {out} --prompt …"

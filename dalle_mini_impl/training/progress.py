@@ -7,12 +7,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
+from torch import Tensor
 
 from dalle_mini_impl.files import naming, write_json_lines
 from dalle_mini_impl.training.budget import format_duration
@@ -48,6 +50,21 @@ class MetricsLog:
         kept = [line for line in map(_parse, self.path.read_text(encoding="utf-8").splitlines()) if line is not None]
         kept = [line for line in kept if line["stage"] != stage or line["step"] <= step]
         write_json_lines(self.path, kept)
+
+
+@dataclass
+class Running:
+    """Sums of metrics since the last line of the log."""
+
+    sums: dict[str, Tensor]
+    steps: int = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Adds one step's metrics, without waiting for the device."""
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -12,7 +12,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
-from dalle_mini_impl.files import write_json
+from dalle_mini_impl.files import check_writable, read_json, write_json
 from dalle_mini_impl.pretrained import (
     Bundle,
     build_clip,
@@ -74,11 +73,20 @@ def train(
     run that is given none keeps to what is left of its own.
     Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
-    run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from)
-    todo = run.unfinished(stages, resume)
-    run.begin(Budget(budget_sec, already_sec=already_sec), resume)
-    run.prepare()
-    return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
+    with StopSignal() as stop:
+        try:
+            run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop)
+            todo = run.unfinished(stages, resume)
+            run.begin(Budget(budget_sec, already_sec=already_sec), resume)
+            run.prepare()
+            return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
+        except KeyboardInterrupt:  # between steps: nothing is lost that wouldn't be made again
+            logger.info("stopped; --resume goes on")
+            return False
+        except RuntimeError:
+            if stop.is_requested():  # another process was told to stop, too, and was the first to go
+                return False
+            raise
 
 
 def make_accelerator() -> Accelerator:
@@ -94,16 +102,22 @@ class Run:
     budget: Budget
 
     def __init__(
-        self, recipe: Recipe, data_spec: str, out: Path, accelerator: Accelerator, init_from: str | None
+        self,
+        recipe: Recipe,
+        data_spec: str,
+        out: Path,
+        accelerator: Accelerator,
+        init_from: str | None,
+        stop: StopSignal,
     ) -> None:
-        self.out, self.data_spec, self.accelerator = out, data_spec, accelerator
+        self.out, self.data_spec, self.accelerator, self.stop = out, data_spec, accelerator, stop
         self.is_main: bool = accelerator.is_main_process
         self.states = {stage: StateFolder(out / "state" / stage) for stage in ORDER}
         self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
         if self._note_path.is_file():
-            self._note = json.loads(self._note_path.read_text(encoding="utf-8"))
+            self._note = read_json(self._note_path, f"delete {out}, or choose another --out")
         self._init_from = init_from if init_from is not None else self._note.get("init_from")
         initial = out / "initial"
         self._initial: Bundle | None = None
@@ -138,7 +152,7 @@ class Run:
     def prepare(self) -> None:
         """Pictures, captions, tokenizer and the models that there are; the main process first."""
         if self.is_main:
-            self.out.mkdir(parents=True, exist_ok=True)
+            check_writable(self.out)
             self._read_pictures()
         self.accelerator.wait_for_everyone()
         self.data = PreparedData.open(self.out / "data")
@@ -284,7 +298,7 @@ class Run:
             log=self.log,
             samples=self.out / "samples",
             allotted_sec=self.budget.for_stage(stage, remaining, shares),
-            stop=StopSignal(),
+            stop=self.stop,
         )
         num_parameters = sum(p.numel() for p in task.model.parameters())
         logger.info("%s: %s parameters", stage, f"{num_parameters:,}")
@@ -294,11 +308,18 @@ class Run:
             logger.info("%s goes on after step %d", stage, trainer.step)
         else:
             self.log.rewind(stage, -1)
-        if not trainer.run():
-            logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
-            return False
-        self._keep(stage, task.model, trainer.summary)
-        return True
+        with self.stop.waiting():
+            is_finished = trainer.run()
+            if is_finished:
+                self._keep(stage, task.model, trainer.summary)
+            else:
+                logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
+            return is_finished and (len(remaining) == 1 or not self._all_stop())
+
+    def _all_stop(self) -> bool:
+        """Whether any process has been told to stop, the same for all."""
+        wish = torch.tensor([float(self.stop.requested)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wish, "sum") > 0)
 
     def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any]) -> None:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
