@@ -33,7 +33,7 @@ def leaving_together() -> Iterator[None]:
 
     Each waits for the others before it closes its connections, and closes them itself: left to the end of the
     interpreter, threads that still listen to a process that has gone can take this one down with them. A process that
-    fails doesn't wait. Raises LostProcessError where another one failed, which has said why.
+    fails or is interrupted doesn't wait. Raises LostProcessError where another one failed, which has said why.
     """
     try:
         yield

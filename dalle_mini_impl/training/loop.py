@@ -313,13 +313,14 @@ class StageTrainer:
 
     def _save(self) -> None:
         """Writes the resumable state on the main process; the others wait."""
+        running = self.running.gathered(self.accelerator)
         if self.accelerator.is_main_process:
-            self.state.save(self.state_dict())
+            self.state.save({**self.state_dict(), "running": running})
         self.accelerator.wait_for_everyone()
         self._last_save, self._saved_step = time.monotonic(), self.step
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed stage needs; data and random numbers are functions of the step."""
+        """What a resumed stage needs of one process; data and random numbers are functions of the step."""
         return {
             "step": self.step,
             "model": self.task.model.state_dict(),
@@ -333,7 +334,6 @@ class StageTrainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "micro_batch_limit": self.gradients.limit,
             "is_compiled": self.is_compiled,
-            "running": {"sums": dict(self.running.sums), "steps": self.running.steps},
             "trained_sec": self._elapsed(),
         }
 
@@ -351,9 +351,7 @@ class StageTrainer:
         self.skipped, self.skipped_in_a_row = state["skipped"], state.get("skipped_in_a_row", 0)
         self.gradients.restrict(state.get("micro_batch_limit"))
         self.is_compiled = state.get("is_compiled", False)  # other kernels give other bits
-        device = self.accelerator.device
-        sums = {name: value.to(device) for name, value in state["running"]["sums"].items()}
-        self.running = Running(sums, state["running"]["steps"])
+        self.running = Running.own_part(state["running"], self.accelerator)
         self.trained_sec = state["trained_sec"]
         self.clock.start -= self.trained_sec
         self._last_log = (time.monotonic(), self.step)

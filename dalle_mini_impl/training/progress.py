@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -65,6 +67,23 @@ class Running:
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps += 1
+
+    def gathered(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The sums of every process, for the resumable state; all of them have to call it."""
+        names = sorted(self.sums)
+        rows: list[list[float]] = []
+        if names:
+            own = torch.stack([self.sums[name] for name in names])[None]
+            rows = accelerator.gather(own).tolist()
+        return {"names": names, "rows": rows, "steps": self.steps}
+
+    @classmethod
+    def own_part(cls, state: Mapping[str, Any], accelerator: Accelerator) -> Self:
+        """This process's part of what was gathered; nothing where there were more processes, or fewer."""
+        if len(state.get("rows", ())) != accelerator.num_processes:
+            return cls({})
+        row = torch.tensor(state["rows"][accelerator.process_index], dtype=torch.float64, device=accelerator.device)
+        return cls(dict(zip(state["names"], row, strict=True)), state["steps"])
 
 
 def _parse(line: str) -> dict[str, Any] | None:

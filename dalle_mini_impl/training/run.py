@@ -71,7 +71,8 @@ def train(
     data_spec: anything `open_source` takes. init_from: a checkpoint whose tokenizer, architecture and weights the run
     starts from. budget_sec: wall-clock limit for everything from now on, of which already_sec have passed; a resumed
     run that is given none keeps to what is left of its own.
-    Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
+    Raises KeyboardInterrupt where a signal came outside of a stage's steps, when nothing was lost that wouldn't be made
+    again, and ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
     with StopSignal() as stop:
         try:
@@ -80,12 +81,9 @@ def train(
             run.begin(Budget(budget_sec, already_sec=already_sec), resume)
             run.prepare()
             return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
-        except KeyboardInterrupt:  # between steps: nothing is lost that wouldn't be made again
-            logger.info("stopped; --resume goes on")
-            return False
-        except RuntimeError:
+        except RuntimeError as error:
             if stop.is_requested():  # another process was told to stop, too, and was the first to go
-                return False
+                raise KeyboardInterrupt from error
             raise
 
 
