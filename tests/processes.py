@@ -17,6 +17,7 @@ import torch
 import torch._dynamo  # every optimizer loads it
 from accelerate import Accelerator
 
+from dalle_mini_impl.cli.app import run_verb
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training import checkpoint, loop, run
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
@@ -25,7 +26,10 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 
 Points = dict[int, str]
-"""Where a process of some rank ends itself: "PLACE:N", at the N-th time that it comes by."""
+"""Where a process of some rank ends itself: "PLACE:N", at the N-th time that it comes by.
+
+Or what else happens to it, "memory:N": a gradient of more than N pictures fails; "gradients:FOLDER": they are written.
+"""
 
 
 def train_in_processes(
@@ -62,6 +66,32 @@ def train_in_processes(
     return [int(process.exitcode or 0) for process in processes]
 
 
+def command_in_process(arguments: Sequence[str], point: str, timeout_sec: float = 300) -> int:
+    """The exit status of ``train.py`` with some arguments, in a process that comes by a point."""
+    process = _CONTEXT.Process(target=_command, args=(list(arguments), point))
+    process.start()
+    process.join(timeout_sec)
+    assert process.exitcode is not None, "the process did not end"
+    return process.exitcode
+
+
+def _command(arguments: Sequence[str], point: str) -> None:
+    torch.set_num_threads(1)
+    _come_by(point)
+    run_verb("train", arguments)
+
+
+def _come_by(point: str) -> None:
+    place, _, number = point.partition(":")
+    if place.startswith("memory"):
+        _run_out_of_memory(int(number), only_in_steps=place == "memory-in-steps")
+    elif place == "gradients":
+        _keep_gradients(Path(number))
+    else:
+        by = signal.SIGTERM if place.startswith("stop") else signal.SIGKILL
+        _PLACES[place](_countdown(int(number or 1), by))
+
+
 def _train(
     rank: int,
     values: Any,
@@ -79,12 +109,7 @@ def _train(
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in {**ranks, **place}.items()})
     if rank in points:
-        place, _, number = points[rank].partition(":")
-        by = signal.SIGTERM if place.startswith("stop") else signal.SIGKILL
-        if place.startswith("memory"):
-            _run_out_of_memory(int(number), only_in_steps=place == "memory-in-steps")
-        else:
-            _PLACES[place](_countdown(int(number or 1), by))
+        _come_by(points[rank])
     loop.SAVE_EVERY_SEC = 0.0
     accelerator = run.make_accelerator()
     assert accelerator.num_processes == world_size
@@ -162,6 +187,20 @@ def _run_out_of_memory(most: int, only_in_steps: bool) -> None:
             return loss(self, model, batch, context)
 
         task.loss = failing
+
+
+def _keep_gradients(folder: Path) -> None:
+    """Writes the gradients of each stage's first step."""
+    original = loop.clip_gradients
+    folder.mkdir()
+
+    def clip_gradients(model: Any, max_norm: float) -> Any:
+        path = folder / f"{type(model).__name__}.pt"
+        if not path.exists():
+            torch.save({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, path)
+        return original(model, max_norm)
+
+    loop.clip_gradients = clip_gradients
 
 
 _PLACES: dict[str, Callable[[Callable[[], None]], None]] = {

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import errno
 import json
+import logging
 import math
 import os
 import subprocess
@@ -29,6 +30,15 @@ from tests.tiny import TINY_VALUES, tiny_recipe
 
 DATA = "shapes:count=40"
 QUICK = ["steps=4", "batch_size=8", "evaluations=1", "warmup_steps=2", "precision=fp32"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log_handlers() -> Iterator[None]:
+    """The command writes its log to the standard error of the first test that ran it."""
+    logger = logging.getLogger("dalle_mini_impl")
+    handlers, logger.handlers = logger.handlers, []
+    yield
+    logger.handlers = handlers
 
 
 def recipe(*overrides: str) -> Recipe:
