@@ -15,11 +15,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
@@ -52,6 +53,8 @@ M = TypeVar("M", bound=nn.Module)
 
 ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
 """CLIP comes after the VAE, because part of its pictures pass through it."""
+WAITING = timedelta(hours=24)
+"""How long processes wait for each other: the first one may read pictures for hours. One that dies ends the others."""
 
 
 def train(
@@ -89,7 +92,8 @@ def train(
 
 def make_accelerator() -> Accelerator:
     """The launcher's devices and processes; Accelerate has to be told of CPUs, or processes on them stay strangers."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    patience = InitProcessGroupKwargs(timeout=WAITING)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
 class Run:
