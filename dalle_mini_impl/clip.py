@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.config import CLIPConfig
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
+from dalle_mini_impl.layers.recompute import recomputed
 from dalle_mini_impl.stream import PAD
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -39,6 +40,7 @@ class ImageTower(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.image_layers))
         self.norm = Norm(config.width)
         self.project = nn.Linear(config.width, config.embed_dim, bias=False)
+        self.recomputes = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] to vectors (B, E)."""
@@ -57,8 +59,9 @@ class ImageTower(nn.Module):
             if isinstance(layer, nn.ReLU):
                 found.append(x.flatten(2).transpose(1, 2))
         x = x.flatten(2).transpose(1, 2) + self.position  # (B, L, width)
+        run = recomputed(Block.__call__, self.recomputes)
         for block in self.blocks:
-            x = block(x)
+            x = run(block, x)
             found.append(x)
         return found
 
@@ -76,14 +79,16 @@ class TextTower(nn.Module):
         )
         self.norm = Norm(config.width)
         self.project = nn.Linear(config.width, config.embed_dim, bias=False)
+        self.recomputes = False
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, text_ids: Tensor) -> Tensor:
         """Caption ids (B, T) to vectors (B, E)."""
         real = text_ids != PAD  # (B, T)
         x = self.embedding(text_ids) + self.position
+        run = recomputed(Block.__call__, self.recomputes)
         for block in self.blocks:
-            x = block(x, mask=real[:, None, None, :])
+            x = run(block, x, mask=real[:, None, None, :])
         x = self.norm(x) * real[:, :, None]
         out: Tensor = self.project(x.sum(dim=1) / real.sum(dim=1, keepdim=True).clamp(min=1))
         return out
@@ -108,6 +113,10 @@ class CLIP(nn.Module):
         kernels = [p for p in self.image_tower.stem.parameters() if p.ndim == 4]
         towers = (self.image_tower.blocks, self.text_tower.blocks)
         return [*kernels, *(p for tower in towers for p in tower.parameters() if p.ndim == 2)]
+
+    def checkpoint_blocks(self) -> None:
+        """Has gradients compute the inside of both towers' blocks again from now on, instead of keeping it."""
+        self.image_tower.recomputes = self.text_tower.recomputes = True
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] to unit vectors (B, E), fp32."""

@@ -317,6 +317,8 @@ class StageConfig(Section):
     """Pictures a step, over all processes and accumulation steps together."""
     micro_batch_size: Positive | None = None
     """Pictures a process computes at once; smaller than its part of the batch means gradient accumulation."""
+    checkpoint_gradients: bool = False
+    """Keep only what goes into each block and compute its inside again for the gradient: less memory, more time."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon trains the hidden matrices and kernels with Muon and everything else with AdamW."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3

@@ -19,6 +19,7 @@ from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.masks import stream_mask
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.prefix import ImagePrefix
+from dalle_mini_impl.layers.recompute import recomputed
 from dalle_mini_impl.layers.rope import stream_angles
 from dalle_mini_impl.stream import NULL, PAD, Stream
 
@@ -95,6 +96,7 @@ class DALLE(nn.Module):
             mask = stream_mask(stream, pattern, config.attention_kernel)
             self.register_buffer(f"{pattern}_mask", mask, persistent=False)
         self._training_block: Callable[..., Tensor] | None = None
+        self._recomputes = False
         self._init_weights()
 
     @property
@@ -105,6 +107,10 @@ class DALLE(nn.Module):
     def compile_blocks(self) -> None:
         """Has the blocks run compiled in training steps from now on; evaluation and decoding never are."""
         self._training_block = torch.compile(Block.__call__, dynamic=False)
+
+    def checkpoint_blocks(self) -> None:
+        """Has gradients compute the inside of the blocks again from now on, instead of keeping it."""
+        self._recomputes = True
 
     def _init_weights(self) -> None:
         """Small embeddings and heads; hidden matrices by fan-in; output projections stay zero."""
@@ -469,6 +475,7 @@ class DALLE(nn.Module):
         """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says; see `masks`."""
         is_step = self.training and torch.is_grad_enabled() and cache is None
         run = self._training_block if self._training_block is not None and is_step else Block.__call__
+        run = recomputed(run, self._recomputes and cache is None)
         turned = rope if self.config.positions == "rope" else None
         for layer, block in enumerate(self.blocks):
             x = run(block, x, turned, None if masks is None else masks[layer], cache, layer)

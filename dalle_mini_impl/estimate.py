@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
+from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_vae
 from dalle_mini_impl.stream import NUM_SPECIAL, Stream
+from dalle_mini_impl.vae.backbone import ResidualBlock
 
 _FP32, _BF16 = 4, 2
 BACKWARD_FACTOR = 2
@@ -39,11 +41,13 @@ class StageEstimate:
     activation_bytes: int
     steps: int
     batch_size: int
+    forward_passes: int = 1
+    """2 where gradients are checkpointed."""
 
     @property
     def train_flops(self) -> float:
         """Of the whole stage."""
-        return (1 + BACKWARD_FACTOR) * self.forward_flops * self.batch_size * self.steps
+        return (self.forward_passes + BACKWARD_FACTOR) * self.forward_flops * self.batch_size * self.steps
 
     def device_bytes(self, devices: int = 1) -> float:
         """Of each of several devices that share weights, gradients and optimiser out among them (FSDP)."""
@@ -122,6 +126,8 @@ def _stage(
         by_muon = sum(parameter.numel() for parameter in model.hidden_matrices())  # type: ignore[operator]
     with FlopCounterMode(display=False) as counter:
         kept = _kept_elements(model, forward)
+    if config.checkpoint_gradients:
+        kept = _kept_with_checkpoints(model, forward, kept)
     micro_batch = config.micro_batch_size or -(-config.batch_size // devices)
     return StageEstimate(
         parameters=count,
@@ -133,7 +139,23 @@ def _stage(
         activation_bytes=kept * micro_batch * _BF16,
         steps=config.steps,
         batch_size=config.batch_size,
+        forward_passes=2 if config.checkpoint_gradients else 1,
     )
+
+
+def _kept_with_checkpoints(model: nn.Module, forward: Callable[[], object], without: int) -> int:
+    """`_kept_elements`, which is `without`, with checkpoints: what goes into the blocks, and the inside of one."""
+    entering: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0].numel()))
+        for module in model.modules()
+        if isinstance(module, Block | ResidualBlock)
+    ]
+    model.checkpoint_blocks()  # type: ignore[operator]
+    outside = _kept_elements(model, forward)
+    for hook in hooks:
+        hook.remove()
+    return outside + sum(entering) + (without - outside) // len(hooks)
 
 
 def _kept_elements(model: nn.Module, forward: Callable[[], object]) -> int:

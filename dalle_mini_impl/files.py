@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -36,10 +38,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp")
         write(temporary)
         temporary.chmod(0o644)  # safetensors lets nobody but its owner read what it writes
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, str(temporary)):
@@ -52,6 +54,53 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Removes what killed processes have left: files and folders .NAME.PID.ENDING whose process is no more."""
+    for path in folder.glob(pattern):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def flush(path: Path) -> None:
+    """Makes what was written to a file survive a power cut."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and tries whether files can be written there; raises OSError that names it where they can't."""
+    probe = folder / f".{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        name = str(folder) if error.filename == str(probe) else error.filename
+        raise OSError(error.errno, f"{error.strerror}; nothing has been done yet", name) from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Reads JSON; raises ValueError that names the file, and the remedy, where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
 
 
 def write_json(path: Path, value: object) -> None:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dalle_mini_impl import __version__
@@ -32,6 +30,7 @@ from dalle_mini_impl.prior import Prior
 from dalle_mini_impl.stream import Stream
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.vae.model import DiscreteVAE
+from dalle_mini_impl.weights import load_weights, save_weights
 
 FORMAT = 1
 DEFAULT_CHECKPOINT = "emoji"
@@ -106,8 +105,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, *, storage: Storage = "fp32"
         if model is None:
             path.unlink(missing_ok=True)
         else:
-            tensors = _stored_tensors(model, _STORAGE_DTYPES[storage])
-            write_atomically(path, lambda part, tensors=tensors: save_file(tensors, part))  # type: ignore[misc]
+            save_weights(path, _stored_tensors(model, _STORAGE_DTYPES[storage]))
     write_atomically(folder / TOKENIZER, bundle.tokenizer.save)
     write_atomically(folder / CARD, lambda part: part.write_text(model_card(bundle), encoding="utf-8"))
     write_json(folder / CONFIG, _config(bundle))
@@ -273,10 +271,7 @@ def _load_model(path: Path, build: Callable[[], M], device: torch.device | str |
     """Builds a model and fills it strictly from a safetensors file; None where there is no file."""
     if not path.is_file():
         return None
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is corrupted ({error}): copy or download it again") from None
+    tensors = load_weights(path)
     model = build()
     expected = model.state_dict()
     _check_tensors(path, tensors, expected)

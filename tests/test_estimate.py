@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_mini_impl.cli.app import main
-from dalle_mini_impl.config import Recipe
+from dalle_mini_impl.config import STAGES, Recipe
 from dalle_mini_impl.estimate import ACHIEVED, estimate
 from dalle_mini_impl.layers.attention import KVCache
 from tests.tiny import tiny_bundle, tiny_recipe
@@ -62,6 +62,18 @@ def test_activations_grow_with_the_batch_and_shrink_when_it_is_cut_up() -> None:
         )
     )
     assert 0 < cut == small / 2 == large / 4
+
+
+def test_checkpointing_gradients_costs_a_second_forward_pass_and_keeps_less() -> None:
+    deep = ["dalle.layers=8", "clip.image_layers=8", "clip.text_layers=8", "vae.decoder_blocks=8"]
+    plain, saving = (
+        estimate(tiny_recipe(*deep, *(f"train.{stage}.checkpoint_gradients={asked}" for stage in STAGES))).stages
+        for asked in ("false", "true")
+    )
+    for stage in STAGES:
+        assert saving[stage].train_flops == pytest.approx(plain[stage].train_flops * 4 / 3)
+        before = plain[stage].activation_bytes
+        assert 0.1 * before < saving[stage].activation_bytes < 0.6 * before, stage
 
 
 def test_dalle_1_has_its_12_billion_parameters_and_is_never_allocated() -> None:

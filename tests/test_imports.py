@@ -15,7 +15,7 @@ import dalle_mini_impl
 ROOT = Path(dalle_mini_impl.__file__).parent
 PACKAGE = "dalle_mini_impl"
 LEVELS = [
-    {"config", "stream", "text", "memory", "threads", "files"},
+    {"config", "stream", "text", "memory", "threads", "files", "weights"},
     {"layers", "noise", "filters", "frechet"},
     {"vae", "dalle", "clip", "prior"},
     {
@@ -40,6 +40,7 @@ LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in 
 WITHIN_A_LEVEL = {
     ("text", "config"),
     ("text", "stream"),
+    ("weights", "files"),
     ("__main__", "cli"),
     ("sampling", "decoding"),
     ("sampling", "engine"),

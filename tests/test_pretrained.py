@@ -80,6 +80,16 @@ def test_a_truncated_file_is_named(folder: Path, size: int) -> None:
         load_bundle(folder)
 
 
+@pytest.mark.parametrize("place", [0.3, 0.99])
+def test_a_flipped_bit_is_refused_by_name(folder: Path, place: float) -> None:
+    path = folder / "dalle.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"dalle\.safetensors is corrupted \(its SHA-256.*copy or download it again"):
+        load_bundle(folder)
+
+
 def test_weights_that_dont_fit_are_named(folder: Path) -> None:
     path = folder / "dalle.safetensors"
     tensors = load_file(path)
@@ -125,11 +135,11 @@ def test_a_config_that_is_wrong_is_explained(folder: Path, change: dict[str, obj
 def test_a_killed_save_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = checkpoint_hash(folder)
 
-    def dies(tensors: object, path: Path) -> None:
+    def dies(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrained, "save_file", dies)
+    monkeypatch.setattr("dalle_mini_impl.weights.save_file", dies)
     with pytest.raises(KeyboardInterrupt):
         save_bundle(tiny_bundle(seed=1), folder)
     assert checkpoint_hash(folder) == before

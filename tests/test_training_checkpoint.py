@@ -10,6 +10,7 @@ import torch
 
 from dalle_mini_impl.training.checkpoint import KEPT_STATES, StateFolder
 from dalle_mini_impl.training.progress import MetricsLog
+from dalle_mini_impl.weights import save_weights
 
 
 def test_the_last_states_are_kept_and_the_newest_is_loaded(tmp_path: Path) -> None:
@@ -46,6 +47,61 @@ def test_a_damaged_state_is_refused_by_name(tmp_path: Path, damage: str) -> None
         path.unlink()
     with pytest.raises(ValueError, match=r"step-00000005\.pt is (damaged|missing)"):
         states.load()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("name", ["step-00000010.pt", "best-00000010.safetensors"])
+def test_a_damaged_state_gives_way_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    states = StateFolder(tmp_path / "vae")
+    for step in (5, 10):
+        best = states.best_name(step)
+        states.save_best(best, {"weights": torch.full((50,), float(step))})
+        states.save({"step": step, "best": 1.0, "best_file": best})
+    flip(states.folder / name)
+    again = StateFolder(states.folder)
+    with caplog.at_level("WARNING", logger="dalle_mini_impl.training"):
+        state = again.load()
+    assert state["step"] == 5 and name in caplog.text and "goes on from step 5" in caplog.text
+    assert torch.equal(again.load_best(state["best_file"])["weights"], torch.full((50,), 5.0))
+    again.save({"step": 12, "best": 1.0, "best_file": state["best_file"]})
+    left = sorted(path.name for path in states.folder.iterdir())
+    assert left == ["best-00000005.safetensors", "index.json", "step-00000005.pt", "step-00000012.pt"]
+
+
+def test_where_no_state_is_whole_all_are_named(tmp_path: Path) -> None:
+    states = StateFolder(tmp_path / "vae")
+    for step in (5, 10):
+        states.save({"step": step, "weights": torch.arange(100.0)})
+        flip(states.folder / f"step-{step:08d}.pt")
+    with pytest.raises(ValueError, match=r"00000010\.pt is damaged.*00000005\.pt is damaged.*delete .*vae to start"):
+        StateFolder(states.folder).load()
+    states.index_path.write_text("[{")
+    with pytest.raises(ValueError, match=r"index\.json is damaged .*delete .*vae to start the stage over"):
+        StateFolder(states.folder).load()
+
+
+def test_what_a_killed_save_leaves_is_swept_up(tmp_path: Path) -> None:
+    states = StateFolder(tmp_path / "vae")
+    states.folder.mkdir()
+    (states.folder / ".step-00000004.pt.4194304.tmp").write_bytes(b"half")  # no process has so high a number
+    (states.folder / ".index.json.4194304.tmp").write_bytes(b"half")
+    states.save({"step": 5})
+    assert sorted(path.name for path in states.folder.iterdir()) == ["index.json", "step-00000005.pt"]
+
+
+def test_a_state_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
+    states = StateFolder(tmp_path / "vae")
+    save_weights(states.folder / "best.safetensors", {"a": torch.ones(2)})
+    states.save({"step": 5, "best": 1.0})
+    state = StateFolder(states.folder).load()
+    assert state["best_file"] == "best.safetensors"
 
 
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:

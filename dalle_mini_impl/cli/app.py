@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from dalle_mini_impl.cli.processes import LostProcessError, leaving_together
 from dalle_mini_impl.memory import keep_freed_memory
 from dalle_mini_impl.threads import use_all_cores
 
@@ -78,7 +79,7 @@ def _load(verb: str) -> Callable[..., Any]:
     """The verb's function, ended by one clear message where a person can help.
 
     Exit status 2 says that something is wrong with the input, 1 that a file can't be read or
-    written or that a training has run out of its numbers.
+    written, that memory ran out, that another process was lost, or that a training has run out of its numbers.
     """
     command: Callable[..., Any] = getattr(import_module(f"dalle_mini_impl.cli.{verb}"), verb)
 
@@ -87,11 +88,15 @@ def _load(verb: str) -> Callable[..., Any]:
         keep_freed_memory()
         process = os.environ.get("LOCAL_RANK", "0")
         try:
-            return command(*args, **kwargs)
+            with leaving_together():
+                return command(*args, **kwargs)
         except (ValueError, FloatingPointError) as error:
             if process == "0":  # all processes of a machine come to the same end: one speaks
                 typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+        except (MemoryError, LostProcessError) as error:
+            typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {error or 'no memory'}", err=True)
+            raise typer.Exit(1) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read our output has enough of it
                 raise

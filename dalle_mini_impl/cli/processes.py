@@ -1,11 +1,21 @@
-"""The process's device and its place among the others, for verbs that draw or rank."""
+"""The process's device and its place among the others, and how they end together."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL error")
+"""What Gloo and NCCL say where another process has gone."""
+
+
+class LostProcessError(Exception):
+    """Another process has ended while this one waited for it."""
 
 
 def process_state() -> PartialState:
@@ -15,3 +25,30 @@ def process_state() -> PartialState:
 
     # Accelerate has to be told of CPUs, or processes on them stay strangers to each other.
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+@contextlib.contextmanager
+def leaving_together() -> Iterator[None]:
+    """Lets processes that were launched together end together.
+
+    Each waits for the others before it closes its connections, and closes them itself: left to the end of the
+    interpreter, threads that still listen to a process that has gone can take this one down with them. A process that
+    fails or is interrupted doesn't wait. Raises LostProcessError where another one failed, which has said why.
+    """
+    try:
+        yield
+        if _are_connected():
+            process_state().wait_for_everyone()
+    except RuntimeError as error:
+        if _are_connected() and any(words in str(error) for words in _LOST):
+            raise LostProcessError("another process has ended, so that this one can't go on") from None
+        raise
+    finally:
+        if _are_connected():
+            process_state().destroy_process_group()
+
+
+def _are_connected() -> bool:
+    """Whether this process is connected to others; torch is not loaded to find out."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

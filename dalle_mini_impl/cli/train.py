@@ -71,17 +71,21 @@ def train(
             already_sec=process_age_sec(),
             accelerator=accelerator,
         )
-    except KeyboardInterrupt:  # outside of a stage's steps: nothing is lost that wouldn't be made again
-        finished = False
+    except KeyboardInterrupt:
+        _say_stopped(accelerator.is_main_process, out)
+        raise typer.Exit(0) from None
     except OSError as error:
         error.add_note("then the same command with --resume goes on from what is saved")
         raise
-    finally:
-        accelerator.end_training()
-    if accelerator.is_main_process:
-        checkpoint = out / "checkpoint"
-        done = f"{checkpoint} is ready: python sample.py --checkpoint {out} --prompt …"
-        typer.echo(done if finished else f"stopped; the same command with --resume goes on ({out})", err=True)
+    if not finished:
+        _say_stopped(accelerator.is_main_process, out)
+    elif accelerator.is_main_process:
+        typer.echo(f"{out / 'checkpoint'} is ready: python sample.py --checkpoint {out} --prompt …", err=True)
+
+
+def _say_stopped(is_main: bool, out: Path) -> None:
+    if is_main:
+        typer.echo(f"stopped; the same command with --resume goes on ({out})", err=True)
 
 
 def _recipe(config: Path | None, init_from: str | None, overrides: list[str]) -> Recipe:

@@ -8,6 +8,7 @@ FOLDER/data-report.json what was read, kept, skipped and why
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from dalle_mini_impl.data.pictures import PictureError, quiet, to_rgb, to_square
 from dalle_mini_impl.data.records import SPLITS, Record, Source, Split, unbroken
 from dalle_mini_impl.data.report import NoPicturesError, Tally, assign_splits
 from dalle_mini_impl.data.sources import content_key, files_key, open_source, resolve_spec
-from dalle_mini_impl.files import naming
+from dalle_mini_impl.files import flush, naming, remove_leftovers
 
 Progress = Callable[[int, int | None], None]
 """Called with the number of records done and, where the source knows it, of all."""
@@ -108,6 +109,8 @@ def prepare(spec: str, config: DataConfig, folder: str | Path, *, progress: Prog
     if _answers(folder, request):
         return PreparedData.open(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    for ending in ("partial", "old"):
+        remove_leftovers(folder.parent, f".{glob.escape(folder.name)}.*.{ending}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -131,7 +134,9 @@ def _answers(folder: Path, request: dict[str, Any]) -> bool:
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:
-    """Renames, after moving what an earlier request left there out of the way; no reader ever sees half a folder."""
+    """Renames, once all is on the disk and an earlier request out of the way; no reader ever sees half a folder."""
+    for path in partial.iterdir():
+        flush(path)
     if folder.exists():
         if any(folder.iterdir()) and not (folder / _INDEX).is_file():
             raise ValueError(f"{folder} exists and holds something else than prepared data: choose another folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -19,37 +18,32 @@ from dalle_mini_impl.training.batches import (
     BatchOrder,
     Prefetcher,
     derive_seed,
-    split_batch,
     to_device,
 )
 from dalle_mini_impl.training.budget import Plan, StageClock, format_duration
-from dalle_mini_impl.training.checkpoint import StateFolder, load_weights, save_weights
+from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.compiling import should_compile
 from dalle_mini_impl.training.ema import EMA
+from dalle_mini_impl.training.gradients import Gradients
 from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_learning_rate
-from dalle_mini_impl.training.progress import MetricsLog, Reporter
+from dalle_mini_impl.training.progress import MetricsLog, Reporter, Running
 from dalle_mini_impl.training.stopping import StopSignal
-from dalle_mini_impl.training.task import EvaluationContext, LossModule, StepContext, Task, autocast, autocast_dtype
+from dalle_mini_impl.training.task import EvaluationContext, LossModule, Task, autocast_dtype
 
 LOG_EVERY = 10
-"""Steps between two lines of metrics; with several processes also between two agreements on saving and stopping."""
+"""Steps between two lines of metrics."""
 SAVE_EVERY_SEC = 180.0
 MAX_SKIPPED_IN_A_ROW = 5
 
 
-@dataclass
-class Running:
-    """Sums of metrics since the last line of the log."""
+@dataclass(frozen=True)
+class Agreement:
+    """What all processes make of a step: whether its loss and gradient are finite, and what comes after it."""
 
-    sums: dict[str, Tensor]
-    steps: int = 0
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        """Adds one step's metrics, without waiting for the device."""
-        for name, value in metrics.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
+    is_finite: bool
+    stop: bool
+    overrun: bool
+    save: bool
 
 
 class StageTrainer:
@@ -75,20 +69,28 @@ class StageTrainer:
         self.order = BatchOrder(task.num_items, config.batch_size, derive_seed(seed, task.stage, "order"))
         self.order.positions(0, accelerator.process_index, accelerator.num_processes)  # refuses an uneven split early
         task.model.to(accelerator.device)
+        if config.checkpoint_gradients:
+            cast(Any, task.model).checkpoint_blocks()
         self.dtype = autocast_dtype(config.precision, accelerator.device)
         self.ema = EMA(task.model, config.ema_decay)
         self.optimizers = build_optimizers(task.model, config)
         module = LossModule(task, accelerator.device, self.dtype)
         prepared: nn.Module = accelerator.prepare(module)
-        self.module = prepared
+        rows = config.batch_size // accelerator.num_processes
+        size = min(config.micro_batch_size or rows, rows)
+        self.gradients = Gradients(task, prepared, accelerator, self.dtype, size, state.note_micro_batch_size)
+        self.gradients.restrict(state.noted_micro_batch_size())
         self.is_compiled = should_compile(task.stage, config, task.model, allotted_sec)
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0
+        self.agreed = Agreement(is_finite=True, stop=False, overrun=False, save=False)
         self.best: float | None = None
+        self.best_file: str | None = None
         self.best_evaluation: dict[str, float] = {}
         self.running = Running({})
         self.trained_sec = 0.0
         self._began = self._last_save = time.monotonic()
+        self._saved_step = -1
         self._last_log = (time.monotonic(), 0)
 
     @property
@@ -104,8 +106,10 @@ class StageTrainer:
         if self.is_compiled:
             cast(Any, self.task.model).compile_blocks()
         prefetcher = Prefetcher(self._make_batch, pin_memory=self.accelerator.device.type == "cuda")
-        with self.stop, Reporter(self.task.stage, self.task.unit, self.accelerator.is_main_process) as reporter:
+        reporting = Reporter(self.task.stage, self.task.unit, self.accelerator.is_main_process)
+        with self.stop, self.stop.waiting(), reporting as reporter:
             try:
+                self._fit_memory(prefetcher)
                 while self.plan.total_steps is None or self.step < self.plan.total_steps:
                     self._one_step(prefetcher)
                     if self._after_step(reporter):
@@ -120,6 +124,13 @@ class StageTrainer:
         positions = self.task.positions(self.order, step, accelerator.process_index, accelerator.num_processes)
         return self.task.batch(self.order.items(positions), positions)
 
+    def _fit_memory(self, prefetcher: Prefetcher) -> None:
+        """Several processes agree on a micro-batch before they begin; a single one does as it goes."""
+        if self.accelerator.num_processes > 1 and self.step != self.plan.total_steps:
+            size = self.gradients.micro_batch_size
+            self.gradients.fit(to_device(prefetcher.get(self.step), self.accelerator.device), self._generator)
+            self._note_micro_batch(size)
+
     def _one_step(self, prefetcher: Prefetcher) -> None:
         """One optimiser step over the global batch."""
         self.clock.step_started()
@@ -128,7 +139,8 @@ class StageTrainer:
         self.task.model.train()
         metrics = self._backward(batch)
         norm = clip_gradients(self.task.model, self.config.max_grad_norm)
-        if math.isfinite(norm.item()):  # the step's one wait for the device: a skipped step must leave no trace
+        self.agreed = self._agree(norm + 0 * metrics["loss"])
+        if self.agreed.is_finite:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.task.after_step(self.task.model, self._generator())
@@ -144,25 +156,16 @@ class StageTrainer:
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the global batch's loss; returns this process's part of the metrics."""
-        accelerator, world = self.accelerator, self.accelerator.num_processes
-        counts = accelerator.reduce(self.task.counts(batch).to(accelerator.device), "sum")
-        micro_batches = list(split_batch(batch, self.config.micro_batch_size))
-        with autocast(accelerator.device, self.dtype):
-            micro_batches = self.task.before_step(self.task.model, micro_batches, counts)
-        total = self.plan.total_steps
-        metrics: dict[str, Tensor] = {}
-        for index, micro_batch in enumerate(micro_batches):
-            generator = self._generator(accelerator.process_index, index)
-            torch.manual_seed(generator.initial_seed())  # dropout has no other source of randomness
-            context = StepContext(counts, self.step / total if total else 0.0, generator, self.step)
-            last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
-                loss, parts = self.module(micro_batch, context)
-                if loss.requires_grad:
-                    accelerator.backward(loss * world)  # DDP averages over processes what has to be summed
-            for name, value in {"loss": loss, **parts}.items():
-                metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
+        size, total = self.gradients.micro_batch_size, self.plan.total_steps
+        metrics = self.gradients.backward(batch, self.step, self.step / total if total else 0.0, self._generator)
+        self._note_micro_batch(size)
         return metrics
+
+    def _note_micro_batch(self, before: int) -> None:
+        """Says in the log where the micro-batch has become smaller for want of memory."""
+        if self.gradients.micro_batch_size != before:
+            line = {"stage": self.task.stage, "step": self.step + 1, "time_sec": round(self._elapsed(), 3)}
+            self.log.write({**line, "micro_batch_size": self.gradients.micro_batch_size})
 
     def _generator(self, *part: int) -> torch.Generator:
         """Random numbers of this step, or of one part of it."""
@@ -176,11 +179,13 @@ class StageTrainer:
         positions = self.task.positions(self.order, self.step, 0, 1)
         if self.accelerator.is_main_process:
             line = {"stage": self.task.stage, "step": self.step + 1, "time_sec": round(self._elapsed(), 3)}
-            self.log.write({**line, "skipped": "non-finite gradient", "items": self.order.items(positions).tolist()})
+            names = self.task.names(self.order.items(positions))
+            self.log.write({**line, "skipped": "non-finite loss or gradient", "pictures": names})
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"{self.task.stage}: the gradient was not finite in {self.skipped_in_a_row} steps in a row, up to step "
-                f"{self.step}; lower train.{self.task.stage}.learning_rate or set its precision to fp32. "
+                f"{self.task.stage}: loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, up to "
+                f"step {self.step + 1}; delete {self.state.folder} and start the stage over with a lower "
+                f"train.{self.task.stage}.learning_rate, or with its precision set to fp32. "
                 f"The batches' pictures are listed in {self.log.path}"
             )
 
@@ -199,28 +204,29 @@ class StageTrainer:
             self._evaluate(reporter)
         if self.clock.wants_review(self.step):
             self._review(reporter)
-        stop, save = self._agree()
-        if stop == "overrun" and self.step != self.plan.total_steps:
+        agreed = self.agreed
+        if agreed.overrun and not agreed.stop and self.step != self.plan.total_steps:
             reporter.say(f"stops at step {self.step}: its time has run out")
             self.plan.total_steps = self.step
             self._evaluate(reporter)
-        elif stop == "signal" or save:
+        elif (agreed.stop or agreed.save) and self._saved_step != self.step:
             self._save()
-        return stop == "signal"
+        return agreed.stop
 
-    def _agree(self) -> tuple[str, bool]:
-        """What all processes do next: stop ("signal", "overrun" or ""), and whether to save."""
-        several = self.accelerator.num_processes > 1
-        if several and self.step % LOG_EVERY:
-            return "", False
-        wishes = torch.tensor(
-            [self.stop.requested, self.clock.overrun(), time.monotonic() - self._last_save > SAVE_EVERY_SEC],
-            dtype=torch.float32,
-        )
-        if several:
-            wishes = self.accelerator.reduce(wishes.to(self.accelerator.device), "sum").cpu()
-        signal_, overrun, save = (bool(wish) for wish in wishes)
-        return ("signal" if signal_ else "overrun" if overrun else ""), save
+    def _agree(self, guard: Tensor) -> Agreement:
+        """One opinion for all processes; guard, 0-d, is finite where this one's loss and gradient are.
+
+        The step's one wait for the device: a step that is skipped must leave no trace.
+        """
+        is_late = time.monotonic() - self._last_save > SAVE_EVERY_SEC
+        wishes = [float(self.stop.requested), float(self.clock.overrun()), float(is_late)]
+        if self.accelerator.num_processes > 1:
+            votes = torch.cat([guard.detach().float().reshape(1), torch.tensor(wishes).to(guard.device)])
+            value, *wishes = self.accelerator.reduce(votes, "sum").tolist()
+        else:
+            value = guard.item()
+        stop, overrun, save = (bool(wish) for wish in wishes)
+        return Agreement(is_finite=math.isfinite(value), stop=stop, overrun=overrun, save=save)
 
     def _review(self, reporter: Reporter) -> None:
         """Puts the plan right. All processes share it, changed or not: each has timed itself and may see it its way."""
@@ -293,8 +299,9 @@ class StageTrainer:
             score = -values[name[1:]] if name.startswith("-") else values[name]
             if self.best is None or math.isnan(self.best) or score >= self.best:  # of equals, the longest trained
                 self.best, self.best_evaluation = score, values
+                self.best_file = self.state.best_name(self.step)
                 if self.accelerator.is_main_process:
-                    save_weights(self.state.best_path, model.state_dict())
+                    self.state.save_best(self.best_file, model.state_dict())
         line = {"stage": self.task.stage, "step": self.step, "time_sec": round(self._elapsed(), 3), "evaluation": True}
         self.log.write({**line, **values})
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
@@ -306,13 +313,14 @@ class StageTrainer:
 
     def _save(self) -> None:
         """Writes the resumable state on the main process; the others wait."""
+        running = self.running.gathered(self.accelerator)
         if self.accelerator.is_main_process:
-            self.state.save(self.state_dict())
+            self.state.save({**self.state_dict(), "running": running})
         self.accelerator.wait_for_everyone()
-        self._last_save = time.monotonic()
+        self._last_save, self._saved_step = time.monotonic(), self.step
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed stage needs; data and random numbers are functions of the step."""
+        """What a resumed stage needs of one process; data and random numbers are functions of the step."""
         return {
             "step": self.step,
             "model": self.task.model.state_dict(),
@@ -322,9 +330,11 @@ class StageTrainer:
             "plan": self.plan.to_dict(),
             "best": self.best,
             "best_evaluation": self.best_evaluation,
+            "best_file": self.best_file,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "micro_batch_limit": self.gradients.limit,
             "is_compiled": self.is_compiled,
-            "running": {"sums": dict(self.running.sums), "steps": self.running.steps},
             "trained_sec": self._elapsed(),
         }
 
@@ -339,11 +349,11 @@ class StageTrainer:
         if state["plan"]["total_steps"] is not None:
             self.clock.plan = Plan(**state["plan"])
         self.best, self.best_evaluation = state["best"], state["best_evaluation"]
-        self.skipped = state["skipped"]
+        self.best_file = state["best_file"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state.get("skipped_in_a_row", 0)
+        self.gradients.restrict(state.get("micro_batch_limit"))
         self.is_compiled = state.get("is_compiled", False)  # other kernels give other bits
-        device = self.accelerator.device
-        sums = {name: value.to(device) for name, value in state["running"]["sums"].items()}
-        self.running = Running(sums, state["running"]["steps"])
+        self.running = Running.own_part(state["running"], self.accelerator)
         self.trained_sec = state["trained_sec"]
         self.clock.start -= self.trained_sec
         self._last_log = (time.monotonic(), self.step)
@@ -361,6 +371,7 @@ class StageTrainer:
 
     def _finish(self) -> None:
         """Leaves the best averaged weights in the model."""
+        assert self.best_file is not None
         self.accelerator.wait_for_everyone()
-        self.task.model.load_state_dict(load_weights(self.state.best_path))
+        self.task.model.load_state_dict(self.state.load_best(self.best_file))
         self.task.model.eval()

@@ -7,12 +7,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
+from torch import Tensor
 
 from dalle_mini_impl.files import naming, write_json_lines
 from dalle_mini_impl.training.budget import format_duration
@@ -48,6 +52,38 @@ class MetricsLog:
         kept = [line for line in map(_parse, self.path.read_text(encoding="utf-8").splitlines()) if line is not None]
         kept = [line for line in kept if line["stage"] != stage or line["step"] <= step]
         write_json_lines(self.path, kept)
+
+
+@dataclass
+class Running:
+    """Sums of metrics since the last line of the log."""
+
+    sums: dict[str, Tensor]
+    steps: int = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Adds one step's metrics, without waiting for the device."""
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+
+    def gathered(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The sums of every process, for the resumable state; all of them have to call it."""
+        names = sorted(self.sums)
+        rows: list[list[float]] = []
+        if names:
+            own = torch.stack([self.sums[name] for name in names])[None]
+            rows = accelerator.gather(own).tolist()
+        return {"names": names, "rows": rows, "steps": self.steps}
+
+    @classmethod
+    def own_part(cls, state: Mapping[str, Any], accelerator: Accelerator) -> Self:
+        """This process's part of what was gathered; nothing where there were more processes, or fewer."""
+        if len(state.get("rows", ())) != accelerator.num_processes:
+            return cls({})
+        row = torch.tensor(state["rows"][accelerator.process_index], dtype=torch.float64, device=accelerator.device)
+        return cls(dict(zip(state["names"], row, strict=True)), state["steps"])
 
 
 def _parse(line: str) -> dict[str, Any] | None:

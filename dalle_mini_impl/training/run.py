@@ -12,15 +12,15 @@ runs/NAME/
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
@@ -29,7 +29,7 @@ from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_finge
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
-from dalle_mini_impl.files import write_json
+from dalle_mini_impl.files import check_writable, read_json, write_json
 from dalle_mini_impl.pretrained import (
     Bundle,
     build_clip,
@@ -56,6 +56,11 @@ from dalle_mini_impl.vae.discriminator import PatchDiscriminator
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
+
+ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
+"""What a recipe trains unless it says otherwise."""
+WAITING = timedelta(hours=24)
+"""How long processes wait for each other: the first one may read pictures for hours. One that dies ends the others."""
 
 
 def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
@@ -92,18 +97,26 @@ def train(
     data_spec: anything `open_source` takes. stages: default those that the recipe asks for. init_from: a checkpoint
     whose tokenizer, architecture and weights the run starts from. budget_sec: wall-clock limit for everything from now
     on, of which already_sec have passed; a resumed run that is given none keeps to what is left of its own.
-    Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
+    Raises KeyboardInterrupt where a signal came outside of a stage's steps, when nothing was lost that wouldn't be made
+    again, and ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
-    run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from)
-    todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
-    run.begin(Budget(budget_sec, already_sec=already_sec), resume)
-    run.prepare()
-    return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
+    with StopSignal() as stop:
+        try:
+            run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop)
+            todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
+            run.begin(Budget(budget_sec, already_sec=already_sec), resume)
+            run.prepare()
+            return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
+        except RuntimeError as error:
+            if stop.is_requested():  # another process was told to stop, too, and was the first to go
+                raise KeyboardInterrupt from error
+            raise
 
 
 def make_accelerator() -> Accelerator:
     """The launcher's devices and processes; Accelerate has to be told of CPUs, or processes on them stay strangers."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    patience = InitProcessGroupKwargs(timeout=WAITING)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
 class Run:
@@ -114,16 +127,22 @@ class Run:
     budget: Budget
 
     def __init__(
-        self, recipe: Recipe, data_spec: str, out: Path, accelerator: Accelerator, init_from: str | None
+        self,
+        recipe: Recipe,
+        data_spec: str,
+        out: Path,
+        accelerator: Accelerator,
+        init_from: str | None,
+        stop: StopSignal,
     ) -> None:
-        self.out, self.data_spec, self.accelerator = out, data_spec, accelerator
+        self.out, self.data_spec, self.accelerator, self.stop = out, data_spec, accelerator, stop
         self.is_main: bool = accelerator.is_main_process
         self.states = {stage: StateFolder(out / "state" / stage) for stage in stage_order(recipe)}
         self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
         if self._note_path.is_file():
-            self._note = json.loads(self._note_path.read_text(encoding="utf-8"))
+            self._note = read_json(self._note_path, f"delete {out}, or choose another --out")
         self._init_from = init_from if init_from is not None else self._note.get("init_from")
         initial = out / "initial"
         self._initial: Bundle | None = None
@@ -158,7 +177,7 @@ class Run:
     def prepare(self) -> None:
         """Pictures, captions, tokenizer and the models that there are; the main process first."""
         if self.is_main:
-            self.out.mkdir(parents=True, exist_ok=True)
+            check_writable(self.out)
             self._read_pictures()
         self.accelerator.wait_for_everyone()
         self.data = PreparedData.open(self.out / "data")
@@ -366,7 +385,7 @@ class Run:
             log=self.log,
             samples=self.out / "samples",
             allotted_sec=self.budget.for_stage(stage, remaining, shares),
-            stop=StopSignal(),
+            stop=self.stop,
         )
         num_parameters = sum(p.numel() for p in task.model.parameters())
         logger.info("%s: %s parameters", stage, f"{num_parameters:,}")
@@ -376,11 +395,18 @@ class Run:
             logger.info("%s goes on after step %d", stage, trainer.step)
         else:
             self.log.rewind(stage, -1)
-        if not trainer.run():
-            logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
-            return False
-        self._keep(stage, task.model, trainer.summary)
-        return True
+        with self.stop.waiting():
+            is_finished = trainer.run()
+            if is_finished:
+                self._keep(stage, task.model, trainer.summary)
+            else:
+                logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
+            return is_finished and (len(remaining) == 1 or not self._all_stop())
+
+    def _all_stop(self) -> bool:
+        """Whether any process has been told to stop, the same for all."""
+        wish = torch.tensor([float(self.stop.requested)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wish, "sum") > 0)
 
     def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any]) -> None:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""

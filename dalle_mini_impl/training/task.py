@@ -62,6 +62,9 @@ class Task(Protocol):
     def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
         """The places in the stage's sequence of samples that one process takes in a step; a pure function."""
 
+    def names(self, items: Indices) -> list[str]:
+        """The names of the pictures of some items, as the data report has them."""
+
     def batch(self, items: Indices, positions: Indices) -> Batch:
         """The samples at some places of the stage's sequence of samples; called from a background thread."""
 

@@ -35,6 +35,11 @@ class _Task:
     unit = "pictures"
     units_per_item = 1
     unlike_steps = 0
+    data: PreparedData
+
+    def names(self, items: Indices) -> list[str]:
+        """Those of the training split."""
+        return [self.data.names[index] for index in self.data.train[items]]
 
     def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
         """In the order's own order."""
@@ -142,6 +147,10 @@ class CLIPTask(_Task):
         if not len(self.held_out):
             logger.warning("no held-out picture has a caption: clip is evaluated on training pictures")
             self.held_out = self.captioned[: evaluation.MAX_HELD_OUT]
+
+    def names(self, items: Indices) -> list[str]:
+        """Those that have a caption."""
+        return [self.data.names[index] for index in self.captioned[items]]
 
     def batch(self, items: Indices, positions: Indices) -> Batch:
         """Pixels (B, S, S, 3), image ids (B, N) and whether to decode them, caption ids (B, T), caption keys (B,)."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import VAEConfig
+from dalle_mini_impl.layers.recompute import recomputed
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -31,9 +32,13 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
+        return recomputed(self._residual, self.recomputes)(x)
+
+    def _residual(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
         return out
 

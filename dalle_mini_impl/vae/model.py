@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import VAEConfig
-from dalle_mini_impl.vae.backbone import build_decoder, build_encoder
+from dalle_mini_impl.vae.backbone import ResidualBlock, build_decoder, build_encoder
 from dalle_mini_impl.vae.losses import from_logit_laplace, logit_laplace_nll, mixed_loss
 from dalle_mini_impl.vae.quantizers import Quantized, build_quantizer
 
@@ -53,6 +53,12 @@ class DiscreteVAE(nn.Module):
         ends.add(id(self.last_layer))
         kernels = [p for part in (self.encoder, self.decoder) for p in part.parameters() if p.ndim == 4]
         return [p for p in kernels if id(p) not in ends]
+
+    def checkpoint_blocks(self) -> None:
+        """Has gradients compute the inside of the residual blocks again from now on, instead of keeping it."""
+        for module in self.modules():
+            if isinstance(module, ResidualBlock):
+                module.recomputes = True
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -1,0 +1,154 @@
+"""The gradient of a global batch, added up over micro-batches and processes, in parts that fit the memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+
+from dalle_mini_impl.training.batches import Batch, split_batch
+from dalle_mini_impl.training.task import StepContext, Task, autocast
+
+logger = logging.getLogger("dalle_mini_impl.training")
+
+Generators = Callable[..., torch.Generator]
+"""Random numbers of a step; given numbers, those of a part of it."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the CPU had too little memory."""
+    known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return known or "not enough memory" in str(error)
+
+
+class Gradients:
+    """Adds up a task's gradients; where memory runs out, over more and smaller micro-batches of the same batch.
+
+    module: the task's loss, as Accelerate has prepared it. micro_batch_size: pictures a process computes at once to
+    begin with. note: is told of a size to go on with where that takes a new start.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        module: nn.Module,
+        accelerator: Accelerator,
+        dtype: torch.dtype | None,
+        micro_batch_size: int,
+        note: Callable[[int], None],
+    ) -> None:
+        self.task, self.module, self.accelerator, self.dtype = task, module, accelerator, dtype
+        self.micro_batch_size = micro_batch_size
+        self.limit: int | None = None
+        """The size that memory has allowed where it has run out, None where it hasn't."""
+        self.note = note
+
+    def restrict(self, limit: int | None) -> None:
+        """Takes over what memory has allowed before."""
+        if limit is not None:
+            self.limit, self.micro_batch_size = limit, min(limit, self.micro_batch_size)
+
+    def backward(self, batch: Batch, step: int, progress: float, generators: Generators) -> dict[str, Tensor]:
+        """Leaves the gradients of the global batch's loss in the weights; returns this process's part of the metrics.
+
+        step, progress: see `StepContext`.
+
+        Several processes wait for each other, so that one can't go back to where the step began by itself: there
+        running out of memory is a MemoryError, and a new start takes the smaller size. So it is for a single picture.
+        """
+        while True:
+            try:
+                return self._add_up(batch, step, progress, generators)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _first_line(error)
+            # Outside of the handler: an error keeps alive whatever the failed pass has made.
+            size = self._halve(reason)
+            if self.accelerator.num_processes > 1:
+                self.note(self.micro_batch_size)
+                raise MemoryError(
+                    f"{self._too_much(size, reason)}; the same command with --resume goes on with "
+                    f"{self.micro_batch_size} at a time"
+                )
+            self._warn(size, reason)
+
+    def fit(self, batch: Batch, generators: Generators) -> None:
+        """Finds the micro-batch that fits every process, before a step in which they wait for each other.
+
+        Each goes through loss and gradient of a part of its batch by itself: in evaluation mode, in which tasks talk to
+        no other process. Changes nothing but the size.
+        """
+        before, reason = self.micro_batch_size, "in another process"
+        self.task.model.eval()
+        counts = self.task.counts(batch).to(self.accelerator.device)
+        context = StepContext(counts, 0.0, generators(), step=self.task.unlike_steps)
+        while True:
+            part = {name: tensor[: self.micro_batch_size] for name, tensor in batch.items()}
+            try:
+                with autocast(self.accelerator.device, self.dtype):
+                    loss, _ = self.task.loss(self.task.model, part, context)
+                loss.backward()  # type: ignore[no-untyped-call]
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _first_line(error)
+            self._halve(reason)
+        self.module.zero_grad(set_to_none=True)
+        fitting = torch.tensor([self.micro_batch_size], device=self.accelerator.device)
+        smallest = int(self.accelerator.gather(fitting).min())
+        if smallest < before:
+            self.restrict(smallest)
+            self._warn(before, reason)
+
+    def _add_up(self, batch: Batch, step: int, progress: float, generators: Generators) -> dict[str, Tensor]:
+        accelerator, world = self.accelerator, self.accelerator.num_processes
+        counts = accelerator.reduce(self.task.counts(batch).to(accelerator.device), "sum")
+        micro_batches = list(split_batch(batch, self.micro_batch_size))
+        with autocast(accelerator.device, self.dtype):
+            micro_batches = self.task.before_step(self.task.model, micro_batches, counts)
+        metrics: dict[str, Tensor] = {}
+        for index, micro_batch in enumerate(micro_batches):
+            generator = generators(accelerator.process_index, index)
+            torch.manual_seed(generator.initial_seed())  # dropout has no other source of randomness
+            context = StepContext(counts, progress, generator, step)
+            last = index == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
+                loss, parts = self.module(micro_batch, context)
+                if loss.requires_grad:
+                    accelerator.backward(loss * world)  # DDP averages over processes what has to be summed
+            for name, value in {"loss": loss, **parts}.items():
+                metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
+        return metrics
+
+    def _halve(self, reason: str) -> int:
+        """Drops what the failed pass has left and halves the size; returns what it was."""
+        self.module.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)
+        size, stage = self.micro_batch_size, self.task.stage
+        if size == 1:
+            raise MemoryError(
+                f"{self._too_much(1, reason)}; set train.{stage}.checkpoint_gradients to true, take a smaller model, "
+                f"or free some memory"
+            )
+        self.restrict(size // 2)
+        return size
+
+    def _too_much(self, size: int, reason: str) -> str:
+        pictures = "one picture at a time is" if size == 1 else f"{size} pictures at a time are"
+        return f"{self.task.stage}: {pictures} too much for the memory ({reason})"
+
+    def _warn(self, size: int, reason: str) -> None:
+        text = self._too_much(size, reason)
+        logger.warning("%s; goes on with %d at a time, the batch stays the same", text, self.micro_batch_size)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

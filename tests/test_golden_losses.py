@@ -1,0 +1,62 @@
+"""Twenty steps of each stage cost what they cost when the numbers were written down.
+
+The tolerance leaves room for other processors; a change of the mathematics goes far beyond it. Where a change is meant:
+`python -m tests.test_golden_losses`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.config import Recipe
+from dalle_mini_impl.training import loop
+from dalle_mini_impl.training.run import ORDER, train
+from tests.tiny import tiny_recipe
+
+EXPECTED = Path(__file__).parent / "golden" / "losses.json"
+NAMES = ("loss", "grad_norm")
+
+
+def recipe() -> Recipe:
+    """AdamW where rounding is to stay rounding; Muon, whose products are bf16, in the last stage."""
+    quick = ["steps=20", "batch_size=8", "evaluations=1", "warmup_steps=5", "precision=fp32"]
+    settings = [f"train.{stage}.{value}" for stage in ORDER for value in quick]
+    optimizers = [
+        f"train.{stage}.optimizer={kind}" for stage, kind in zip(ORDER, ("adamw", "adamw", "muon"), strict=True)
+    ]
+    return tiny_recipe(*settings, *optimizers, "dalle.reading_share=0.25", "clip.hard_negatives=1")
+
+
+def measured(out: Path) -> dict[str, dict[str, list[float]]]:
+    """Loss and norm of the gradient of each step of each stage."""
+    log_every, loop.LOG_EVERY = loop.LOG_EVERY, 1
+    try:
+        assert train(recipe(), "shapes:count=60", out)
+    finally:
+        loop.LOG_EVERY = log_every
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = {stage: [line for line in lines if line["stage"] == stage and "grad_norm" in line] for stage in ORDER}
+    return {stage: {name: [line[name] for line in steps[stage]] for name in NAMES} for stage in ORDER}
+
+
+def test_twenty_steps_of_each_stage_have_the_losses_that_were_written_down(tmp_path: Path) -> None:
+    found, expected = measured(tmp_path / "run"), json.loads(EXPECTED.read_text())
+    for stage in ORDER:
+        assert len(found[stage]["loss"]) == 20
+        for name, first, later in (("loss", 1e-4, 1e-2), ("grad_norm", 1e-3, 5e-2)):
+            ours, theirs = found[stage][name], expected[stage][name]
+            assert ours[0] == pytest.approx(theirs[0], rel=first), (stage, name)
+            assert ours == pytest.approx(theirs, rel=later), (stage, name)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        facts = measured(Path(folder) / "run")
+    rounded = {stage: {name: [round(x, 6) for x in row] for name, row in part.items()} for stage, part in facts.items()}
+    EXPECTED.write_text(json.dumps(rounded, indent=1) + "\n")
