@@ -308,6 +308,20 @@ class Recipe(Section):
             raise ValueError(f"{path} is not valid TOML: {error}") from None
         return cls.parse({"name": path.stem, **values}, overrides, where=str(path))
 
+    def to_toml(self, comments: Iterable[str] = ()) -> str:
+        """The whole recipe as `from_toml` reads it, with comment lines above."""
+        lines = [f"# {comment}" for comment in comments]
+        tables: list[tuple[str, dict[str, Any]]] = [("", self.model_dump(mode="json"))]
+        while tables:
+            path, table = tables.pop(0)
+            plain = {key: value for key, value in table.items() if not isinstance(value, dict) and value is not None}
+            if path and plain:
+                lines += ["", f"[{path}]"]
+            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+            inner = [(key, value) for key, value in table.items() if isinstance(value, dict)]
+            tables[:0] = [(f"{path}.{key}" if path else key, value) for key, value in inner]
+        return "\n".join(lines) + "\n"
+
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Sets one ``a.b=value`` in a nested dictionary, in place."""

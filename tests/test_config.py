@@ -106,3 +106,13 @@ def test_what_would_fail_only_when_training_is_refused_at_once() -> None:
         Recipe.parse({}, ["clip.width=18"])
     with pytest.raises(ValueError, match=r"seed: .*greater than or equal to 0 \(given -1\)"):
         Recipe.parse({}, ["seed=-1"])
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(name='quo"ted é'), *map(Recipe.from_toml, CONFIGS)], ids=lambda recipe: recipe.name
+)
+def test_a_recipe_written_as_toml_is_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml(["why", "it is so"]), encoding="utf-8")
+    assert Recipe.from_toml(path) == recipe
+    assert path.read_text(encoding="utf-8").startswith("# why\n# it is so\nname = ")

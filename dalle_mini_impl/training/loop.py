@@ -25,9 +25,11 @@ from dalle_mini_impl.training.batches import (
 from dalle_mini_impl.training.budget import Plan, StageClock, format_duration
 from dalle_mini_impl.training.checkpoint import StateFolder, load_weights, save_weights
 from dalle_mini_impl.training.compiling import should_compile
+from dalle_mini_impl.training.dtensors import load_optimizer, part_like, whole_on_cpu
 from dalle_mini_impl.training.ema import EMA
 from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_learning_rate
 from dalle_mini_impl.training.progress import MetricsLog, Reporter
+from dalle_mini_impl.training.sharding import Replica, Sharding, no_sync
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import EvaluationContext, LossModule, StepContext, Task, autocast, autocast_dtype
 
@@ -76,12 +78,10 @@ class StageTrainer:
         self.order.positions(0, accelerator.process_index, accelerator.num_processes)  # refuses an uneven split early
         task.model.to(accelerator.device)
         self.dtype = autocast_dtype(config.precision, accelerator.device)
+        self.module, self.replica = self._prepare()
         self.ema = EMA(task.model, config.ema_decay)
         self.optimizers = build_optimizers(task.model, config)
-        module = LossModule(task, accelerator.device, self.dtype)
-        prepared: nn.Module = accelerator.prepare(module)
-        self.module = prepared
-        self.is_compiled = should_compile(task.stage, config, task.model, allotted_sec)
+        self.is_compiled = not self.replica and should_compile(task.stage, config, task.model, allotted_sec)
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0
         self.best: float | None = None
@@ -90,6 +90,18 @@ class StageTrainer:
         self.trained_sec = 0.0
         self._began = self._last_save = time.monotonic()
         self._last_log = (time.monotonic(), 0)
+
+    def _prepare(self) -> tuple[nn.Module, Replica | None]:
+        """The task's loss over all processes and, where they share its weights out, a place for the whole model."""
+        module = LossModule(self.task, self.accelerator.device, self.dtype)
+        sharding = Sharding.of(self.accelerator)
+        if sharding is None:
+            prepared: nn.Module = self.accelerator.prepare(module)
+            return prepared, None
+        sharding.check(self.task.model, self.config)
+        replica = Replica(self.task.model)
+        sharding.apply(module)
+        return module, replica
 
     @property
     def plan(self) -> Plan:
@@ -147,8 +159,11 @@ class StageTrainer:
         accelerator, world = self.accelerator, self.accelerator.num_processes
         counts = accelerator.reduce(self.task.counts(batch).to(accelerator.device), "sum")
         micro_batches = list(split_batch(batch, self.config.micro_batch_size))
-        with autocast(accelerator.device, self.dtype):
-            micro_batches = self.task.before_step(self.task.model, micro_batches, counts)
+        if self.replica is not None:
+            micro_batches = self.module(micro_batches, counts, ahead=True)
+        else:  # a forward of DDP's would wait for its backward
+            with autocast(accelerator.device, self.dtype):
+                micro_batches = self.task.before_step(self.task.model, micro_batches, counts)
         total = self.plan.total_steps
         metrics: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(micro_batches):
@@ -156,7 +171,7 @@ class StageTrainer:
             torch.manual_seed(generator.initial_seed())  # dropout has no other source of randomness
             context = StepContext(counts, self.step / total if total else 0.0, generator)
             last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
+            with contextlib.nullcontext() if last else no_sync(self.module, accelerator):
                 loss, parts = self.module(micro_batch, context)
                 accelerator.backward(loss * world)  # DDP averages over processes what has to be summed
             for name, value in {"loss": loss, **parts}.items():
@@ -286,7 +301,7 @@ class StageTrainer:
         start = time.monotonic()
         self.plan.last_evaluation = self.step
         context = EvaluationContext(self.accelerator, self.samples, self.step, self.dtype)
-        with self.ema.swapped_in(self.task.model) as model, torch.no_grad():
+        with self._averaged() as model, torch.no_grad():
             values = self.task.evaluate(model, context)
             name = self.task.score
             score = -values[name[1:]] if name.startswith("-") else values[name]
@@ -303,10 +318,17 @@ class StageTrainer:
         self._last_log = (self._last_log[0] + duration_sec, self._last_log[1])
         return duration_sec
 
+    def _averaged(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model with the averaged weights, whole on every process."""
+        if self.replica is None:
+            return self.ema.swapped_in(self.task.model)
+        return self.replica.holding({**self.task.model.state_dict(), **self.ema.weights})
+
     def _save(self) -> None:
-        """Writes the resumable state on the main process; the others wait."""
+        """Writes the resumable state on the main process; the others give what they hold of it and wait."""
+        state = whole_on_cpu(self.state_dict(), keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            self.state.save(self.state_dict())
+            self.state.save(state)
         self.accelerator.wait_for_everyone()
         self._last_save = time.monotonic()
 
@@ -329,15 +351,17 @@ class StageTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where a saved state stopped."""
         self.step = state["step"]
-        self.task.model.load_state_dict(state["model"])
+        own = self.task.model.state_dict()
+        shared = {name: part_like(value, own.get(name, value)) for name, value in state["model"].items()}
+        self.task.model.load_state_dict(shared)
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         if state["plan"]["total_steps"] is not None:
             self.clock.plan = Plan(**state["plan"])
         self.best, self.best_evaluation = state["best"], state["best_evaluation"]
         self.skipped = state["skipped"]
-        self.is_compiled = state.get("is_compiled", False)  # other kernels give other bits
+        self.is_compiled = state.get("is_compiled", False) and not self.replica  # other kernels give other bits
         device = self.accelerator.device
         sums = {name: value.to(device) for name, value in state["running"]["sums"].items()}
         self.running = Running(sums, state["running"]["steps"])
@@ -359,5 +383,9 @@ class StageTrainer:
     def _finish(self) -> None:
         """Leaves the best averaged weights in the model."""
         self.accelerator.wait_for_everyone()
-        self.task.model.load_state_dict(load_weights(self.state.best_path))
+        best = load_weights(self.state.best_path)
+        if self.replica is not None:
+            self.task.model = self.replica.take(best).to(self.accelerator.device)
+        else:
+            self.task.model.load_state_dict(best)
         self.task.model.eval()

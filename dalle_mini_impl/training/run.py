@@ -1,7 +1,7 @@
 """A run: every stage in turn, from captioned pictures to a checkpoint folder.
 
 runs/NAME/
-  run.json           the recipe and the data that the run belongs to
+  run.json           the recipe and the data that the run belongs to;  recipe.toml is what --config takes
   data/              pictures and captions, ready for training;  data-report.json
   cache/             image ids of all pictures
   state/STAGE/       resumable state, and a mark when the stage is finished
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +23,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
-from dalle_mini_impl.files import write_json
+from dalle_mini_impl.files import write_atomically, write_json
 from dalle_mini_impl.pretrained import (
     Bundle,
     build_clip,
@@ -65,16 +68,17 @@ def train(
     init_from: str | None = None,
     budget_sec: float | None = None,
     already_sec: float = 0.0,
+    reasons: Sequence[str] = (),
     accelerator: Accelerator | None = None,
 ) -> bool:
     """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
 
     data_spec: anything `open_source` takes. init_from: a checkpoint whose tokenizer, architecture and weights the run
     starts from. budget_sec: wall-clock limit for everything from now on, of which already_sec have passed; a resumed
-    run that is given none keeps to what is left of its own.
+    run that is given none keeps to what is left of its own. reasons: lines on why the recipe is as it is, to be kept.
     Raises ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
-    run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from)
+    run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, reasons)
     todo = run.unfinished(stages, resume)
     run.begin(Budget(budget_sec, already_sec=already_sec), resume)
     run.prepare()
@@ -86,6 +90,30 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available())
 
 
+def check_shared(folder: Path, accelerator: Accelerator) -> None:
+    """Raises ValueError on every process where one of them, on another machine, doesn't see the main process's folder.
+
+    Pictures, image ids, states and the checkpoint are written once and read by all.
+    """
+    if accelerator.num_processes == 1:
+        return
+    mark = folder / ".shared"
+    names = [uuid.uuid4().hex]
+    broadcast_object_list(names)
+    if accelerator.is_main_process:
+        mark.write_text(names[0], encoding="utf-8")
+    accelerator.wait_for_everyone()
+    seen = mark.is_file() and mark.read_text(encoding="utf-8") == names[0]
+    blind = [place for place in gather_object([("" if seen else socket.gethostname())]) if place]
+    if accelerator.is_main_process:
+        mark.unlink()
+    if blind:
+        raise ValueError(
+            f"{folder} is not the same folder on all machines ({len(blind)} processes don't see it, on "
+            f"{', '.join(sorted(set(blind)))}): choose an --out on a disk that they share"
+        )
+
+
 class Run:
     """One run's folder, data, tokenizer and models."""
 
@@ -94,7 +122,13 @@ class Run:
     budget: Budget
 
     def __init__(
-        self, recipe: Recipe, data_spec: str, out: Path, accelerator: Accelerator, init_from: str | None
+        self,
+        recipe: Recipe,
+        data_spec: str,
+        out: Path,
+        accelerator: Accelerator,
+        init_from: str | None,
+        reasons: Sequence[str] = (),
     ) -> None:
         self.out, self.data_spec, self.accelerator = out, data_spec, accelerator
         self.is_main: bool = accelerator.is_main_process
@@ -104,6 +138,7 @@ class Run:
         self._note: dict[str, Any] = {}
         if self._note_path.is_file():
             self._note = json.loads(self._note_path.read_text(encoding="utf-8"))
+        self._reasons = list(reasons) or self._note.get("reasons", [])
         self._init_from = init_from if init_from is not None else self._note.get("init_from")
         initial = out / "initial"
         self._initial: Bundle | None = None
@@ -139,6 +174,8 @@ class Run:
         """Pictures, captions, tokenizer and the models that there are; the main process first."""
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
+        check_shared(self.out, self.accelerator)
+        if self.is_main:
             self._read_pictures()
         self.accelerator.wait_for_everyone()
         self.data = PreparedData.open(self.out / "data")
@@ -186,12 +223,15 @@ class Run:
         budget = self.budget
         self._note = {
             "recipe": self.recipe.model_dump(mode="json"),
+            "reasons": self._reasons,
             "data": self.data_spec,
             "init_from": self._init_from,
             "data_fingerprint": self.data.fingerprint,
             "budget": budget.total_sec and {"total_sec": budget.total_sec, "used_sec": budget.elapsed_sec()},
         }
         if self.is_main:
+            text = self.recipe.to_toml([f"--data {self.data_spec}", *self._reasons])
+            write_atomically(self.out / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
             write_json(self._note_path, self._note)
 
     def _first_bundle(self) -> Bundle:
