@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.training.dtensors import whole
@@ -77,6 +76,8 @@ class Sharding:
 
     def apply(self, module: nn.Module) -> None:
         """Shares out a module's weights, in place; its own forward is the one that gathers them."""
+        from torch.distributed.fsdp import fully_shard
+
         for part in reversed(list(module.modules())):
             if type(part).__name__ in self.units:
                 fully_shard(part, reshard_after_forward=self.reshard_after_forward)
@@ -90,15 +91,16 @@ def _is_set(variable: str) -> bool:
 @contextmanager
 def no_sync(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Keeps gradients to the process for a while, as `Accelerator.no_sync` does for modules that it has prepared."""
-    if not isinstance(module, FSDPModule):
+    set_sync: Callable[[bool], None] | None = getattr(module, "set_requires_gradient_sync", None)  # FSDPModule's
+    if set_sync is None:
         with accelerator.no_sync(module):
             yield
         return
-    module.set_requires_gradient_sync(False)
+    set_sync(False)
     try:
         yield
     finally:
-        module.set_requires_gradient_sync(True)
+        set_sync(True)
 
 
 class Replica:
