@@ -18,12 +18,13 @@ import socket
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
@@ -54,6 +55,8 @@ from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
 
+LONGEST_WAIT = timedelta(hours=12)
+"""For other processes: one of them may read pictures for hours while they wait. A process that dies ends all."""
 ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
 """CLIP comes after the VAE, because part of its pictures pass through it."""
 
@@ -87,7 +90,8 @@ def train(
 
 def make_accelerator() -> Accelerator:
     """The launcher's devices and processes; Accelerate has to be told of CPUs, or processes on them stay strangers."""
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)  # the default of GPUs is ten minutes
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
 
 
 def check_shared(folder: Path, accelerator: Accelerator) -> None:
@@ -175,10 +179,7 @@ class Run:
         if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
         check_shared(self.out, self.accelerator)
-        if self.is_main:
-            self._read_pictures()
-        self.accelerator.wait_for_everyone()
-        self.data = PreparedData.open(self.out / "data")
+        self.data = self._read_pictures()
         self._check_data()
         checkpoint = self.out / "checkpoint"
         if self.is_main and not (checkpoint / "config.json").is_file():
@@ -200,10 +201,19 @@ class Run:
             stream.num_image_tokens,
         )
 
-    def _read_pictures(self) -> None:
+    def _read_pictures(self) -> PreparedData:
+        accelerator = self.accelerator
         try:
-            with counting("reading pictures") as progress:
-                prepare(self.data_spec, self.recipe.data, self.out / "data", progress=progress)
+            with counting("reading pictures", self.is_main) as progress:
+                return prepare(
+                    self.data_spec,
+                    self.recipe.data,
+                    self.out / "data",
+                    rank=accelerator.process_index,
+                    world_size=accelerator.num_processes,
+                    barrier=accelerator.wait_for_everyone,
+                    progress=progress,
+                )
         except NoPicturesError as error:
             path = self.out / "data-report.json"
             write_json(path, error.report)
