@@ -343,6 +343,37 @@ class StageConfig(Section):
     """torch.compile the transformer's blocks in dalle's training; auto: in stages long enough to gain from it."""
 
 
+class VAEStageConfig(StageConfig):
+    """The VAE's defaults. Stages have classes of their own, so that setting one key leaves the others as they are."""
+
+    steps: Positive = 4000
+    budget_share: Annotated[float, Field(gt=0)] = 0.3
+    batch_size: Positive = 32
+
+
+class CLIPStageConfig(StageConfig):
+    """CLIP's: large batches, each picture's caption being a negative to all others."""
+
+    steps: Positive = 1500
+    budget_share: Annotated[float, Field(gt=0)] = 0.14
+    batch_size: Positive = 128
+
+
+class DALLEStageConfig(StageConfig):
+    """DALL·E's."""
+
+    steps: Positive = 4000
+    budget_share: Annotated[float, Field(gt=0)] = 0.56
+
+
+class PriorStageConfig(StageConfig):
+    """The prior's: its streams are short."""
+
+    steps: Positive = 3000
+    budget_share: Annotated[float, Field(gt=0)] = 0.12
+    batch_size: Positive = 128
+
+
 class AdversarialStageConfig(StageConfig):
     """How adversarial training is: small steps of AdamW with little momentum, so that the other side can follow."""
 
@@ -359,10 +390,10 @@ class TrainConfig(Section):
 
     stages: tuple[Stage, ...] = ("vae", "clip", "dalle")
     """What is trained where no --stage is given; add "vqgan" for adversarial training after the others."""
-    clip: StageConfig = StageConfig(steps=1500, budget_share=0.14, batch_size=128)
-    vae: StageConfig = StageConfig(steps=4000, budget_share=0.3, batch_size=32)
-    dalle: StageConfig = StageConfig(steps=4000, budget_share=0.56, batch_size=64)
-    prior: StageConfig = StageConfig(steps=3000, budget_share=0.12, batch_size=128)
+    clip: CLIPStageConfig = CLIPStageConfig()
+    vae: VAEStageConfig = VAEStageConfig()
+    dalle: DALLEStageConfig = DALLEStageConfig()
+    prior: PriorStageConfig = PriorStageConfig()
     vqgan: AdversarialStageConfig = AdversarialStageConfig()
 
     @model_validator(mode="after")
@@ -458,6 +489,20 @@ class Recipe(Section):
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
         return cls.parse({"name": path.stem, **values}, overrides, where=str(path))
+
+    def to_toml(self, comments: Iterable[str] = ()) -> str:
+        """The whole recipe as `from_toml` reads it, with comment lines above."""
+        lines = [f"# {comment}" for comment in comments]
+        tables: list[tuple[str, dict[str, Any]]] = [("", self.model_dump(mode="json"))]
+        while tables:
+            path, table = tables.pop(0)
+            plain = {key: value for key, value in table.items() if not isinstance(value, dict) and value is not None}
+            if path and plain:
+                lines += ["", f"[{path}]"]
+            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain.items()]
+            inner = [(key, value) for key, value in table.items() if isinstance(value, dict)]
+            tables[:0] = [(f"{path}.{key}" if path else key, value) for key, value in inner]
+        return "\n".join(lines) + "\n"
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -35,6 +35,13 @@ def test_an_override_replaces_one_value_only() -> None:
     assert recipe.train.clip == Recipe().train.clip
 
 
+@pytest.mark.parametrize("stage", ["vae", "clip", "dalle", "prior", "vqgan"])
+def test_setting_one_key_of_a_stage_leaves_the_others_as_they_are(stage: str) -> None:
+    default = getattr(Recipe().train, stage)
+    changed = getattr(Recipe.parse({}, [f"train.{stage}.warmup_steps=7"]).train, stage)
+    assert changed == default.model_copy(update={"warmup_steps": 7})
+
+
 def test_later_overrides_win_and_inputs_stay_as_they_were() -> None:
     values = {"dalle": {"layers": 3}}
     assert Recipe.parse(values, ["dalle.layers=4", "dalle.layers=5"]).dalle.layers == 5
@@ -106,3 +113,13 @@ def test_what_would_fail_only_when_training_is_refused_at_once() -> None:
         Recipe.parse({}, ["clip.width=18"])
     with pytest.raises(ValueError, match=r"seed: .*greater than or equal to 0 \(given -1\)"):
         Recipe.parse({}, ["seed=-1"])
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(name='quo"ted é'), *map(Recipe.from_toml, CONFIGS)], ids=lambda recipe: recipe.name
+)
+def test_a_recipe_written_as_toml_is_the_same_recipe(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml(["why", "it is so"]), encoding="utf-8")
+    assert Recipe.from_toml(path) == recipe
+    assert path.read_text(encoding="utf-8").startswith("# why\n# it is so\nname = ")

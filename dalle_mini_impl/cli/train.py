@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import enum
+import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.budget import parse_duration, process_age_sec
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class PresetName(enum.StrEnum):
+    """Recipes that need no file."""
+
+    auto = "auto"
+    built_in = "built-in"
 
 
 class StageName(enum.StrEnum):
@@ -32,7 +44,11 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run, for example runs/mine.")],
     config: Annotated[
         Path | None,
-        typer.Option(help="Recipe, configs/NAME.toml; default: that of --init-from, else built in."),
+        typer.Option(help="Recipe, configs/NAME.toml; default: the run's own, that of --init-from, else a preset."),
+    ] = None,
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(help="Recipe chosen from data, devices and budget (auto: the default), or the built-in one."),
     ] = None,
     stage: Annotated[StageName | None, typer.Option(help="Train this stage only.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
@@ -55,9 +71,14 @@ def train(
     from dalle_mini_impl.training.run import train as run_training
 
     budget_sec = parse_duration(budget) if budget is not None else None
-    recipe = _recipe(config, init_from, set_ or [])
+    if config is not None and preset is not None:
+        raise ValueError("--config and --preset both name a recipe: leave one out")
+    recipe = _recipe(out, config, init_from, preset, set_ or [])
     accelerator = make_accelerator()
     _set_up_logging(accelerator.is_main_process)
+    reasons: list[str] = []
+    if recipe is None:
+        recipe, reasons = _choose(data, budget_sec, set_ or [], accelerator)
     stages: tuple[Stage, ...] | None = None if stage is None else (_as_stage(stage),)
     try:
         finished = run_training(
@@ -69,6 +90,7 @@ def train(
             init_from=init_from,
             budget_sec=budget_sec,
             already_sec=process_age_sec(),
+            reasons=reasons,
             accelerator=accelerator,
         )
     except KeyboardInterrupt:
@@ -88,12 +110,44 @@ def _say_stopped(is_main: bool, out: Path) -> None:
         typer.echo(f"stopped; the same command with --resume goes on ({out})", err=True)
 
 
-def _recipe(config: Path | None, init_from: str | None, overrides: list[str]) -> Recipe:
-    """The recipe of --config, else of --init-from, else the built-in one, with overrides."""
+def _recipe(
+    out: Path, config: Path | None, init_from: str | None, preset: PresetName | None, overrides: list[str]
+) -> Recipe | None:
+    """The recipe of --config, else that the run began with, else of --init-from, with overrides; None: choose one."""
     if config is not None:
         return Recipe.from_toml(config, overrides)
-    base = load_bundle(init_from).recipe if init_from is not None else Recipe()
-    return Recipe.parse(base.model_dump(mode="json"), overrides, where="--set")
+    note = out / "run.json"
+    if note.is_file():
+        base: Mapping[str, Any] = json.loads(note.read_text(encoding="utf-8"))["recipe"]
+    elif init_from is not None and preset is None:
+        base = load_bundle(init_from).recipe.model_dump(mode="json")
+    elif preset is PresetName.built_in:
+        base = Recipe().model_dump(mode="json")
+    else:
+        Recipe.parse({}, overrides, where="--set")  # a mistake is told before the data are looked at
+        return None
+    return Recipe.parse(base, overrides, where="--set")
+
+
+def _choose(
+    data: str, budget_sec: float | None, overrides: list[str], accelerator: Accelerator
+) -> tuple[Recipe, list[str]]:
+    """The main process looks at the data and chooses for all; overrides win. Returns the recipe and the reasons."""
+    from accelerate.utils import broadcast_object_list
+
+    from dalle_mini_impl.data.survey import survey
+    from dalle_mini_impl.training.presets import choose, hardware_of
+
+    parts: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        base = Recipe.parse({}, [override for override in overrides if override.startswith("data.")])
+        choice = choose(survey(data, base.data), hardware_of(accelerator), budget_sec)
+        parts = [choice.values, [*choice.reasons, *(f"--set {override}" for override in overrides)]]
+        for reason in parts[1]:
+            logging.getLogger("dalle_mini_impl.training").info("%s", reason)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(parts)
+    return Recipe.parse(parts[0], overrides, where="--set"), parts[1]
 
 
 def _as_stage(name: StageName) -> Stage:

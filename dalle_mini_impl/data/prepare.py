@@ -11,12 +11,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Sized
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -26,17 +24,20 @@ from numpy.lib import format as npy_format
 from torch import Tensor
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.pictures import PictureError, quiet, to_rgb, to_square
-from dalle_mini_impl.data.records import SPLITS, Record, Source, Split, unbroken
+from dalle_mini_impl.data.outcomes import outcomes
+from dalle_mini_impl.data.pictures import PictureError, quiet
+from dalle_mini_impl.data.records import SPLITS, Source, Split, unbroken
 from dalle_mini_impl.data.report import NoPicturesError, Tally, assign_splits
+from dalle_mini_impl.data.shard_parts import ShardParts
 from dalle_mini_impl.data.sources import content_key, files_key, open_source, resolve_spec
 from dalle_mini_impl.files import flush, naming, remove_leftovers
+
+logger = logging.getLogger("dalle_mini_impl.data")
 
 Progress = Callable[[int, int | None], None]
 """Called with the number of records done and, where the source knows it, of all."""
 
 FORMAT = 1
-_WINDOW = 64  # records in flight: bounds the memory, keeps the order
 _PICTURES, _CAPTIONS, _INDEX, _REPORT = "pictures.npy", "captions.jsonl", "index.json", "data-report.json"
 
 
@@ -93,21 +94,74 @@ class PreparedData:
         )
 
 
-def prepare(spec: str, config: DataConfig, folder: str | Path, *, progress: Progress | None = None) -> PreparedData:
+def prepare(
+    spec: str,
+    config: DataConfig,
+    folder: str | Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
+) -> PreparedData:
     """Reads a source (see `sources.open_source`) into a folder, or re-opens the folder if it answers the same request.
 
+    Several processes share tar shards out among them; what else there is, the first one reads. A preparation of shards
+    that was stopped goes on with the first shard that isn't done. barrier: waits for all processes.
     Pictures that can't be used are skipped, counted and named in the report. Raises ValueError for a source that can't
     be recognised, NoPicturesError where none remains.
     """
     folder = Path(folder)
-    source = open_source(spec, config)
-    request = {
+    if rank:
+        _help(spec, config, folder, rank, world_size)
+        barrier()  # the first process puts the parts together
+    else:
+        source = open_source(spec, config)
+        request = _request(spec, config, source)
+        is_done = _answers(folder, request)
+        parts = None if is_done else ShardParts.of(source, config, folder, request)
+        if parts is not None:
+            parts.fill(0, world_size, progress)
+        barrier()
+        if not is_done:
+            _make(folder, source, spec, config, request, parts, progress)
+    barrier()
+    return PreparedData.open(folder)
+
+
+def _request(spec: str, config: DataConfig, source: Source) -> dict[str, Any]:
+    """What a prepared folder has to answer."""
+    return {
         "spec": resolve_spec(spec),
         "config": config.model_dump(mode="json", exclude={"views"}),
         "content": content_key(source),
     }
-    if _answers(folder, request):
-        return PreparedData.open(folder)
+
+
+def _help(spec: str, config: DataConfig, folder: Path, rank: int, world_size: int) -> None:
+    """Prepares this process's share of tar shards, if that is what there is; the first process does what is left."""
+    if ".tar" not in spec and not Path(spec).expanduser().is_dir():
+        return
+    try:
+        source = open_source(spec, config)
+        request = _request(spec, config, source)
+        parts = None if _answers(folder, request) else ShardParts.of(source, config, folder, request)
+        if parts is not None:
+            parts.fill(rank, world_size)
+    except (ValueError, OSError) as error:  # on a machine that doesn't see the data, or whose disk is full
+        logger.warning("process %d doesn't help to prepare the pictures: %s", rank, error)
+
+
+def _make(
+    folder: Path,
+    source: Source,
+    spec: str,
+    config: DataConfig,
+    request: dict[str, Any],
+    parts: ShardParts | None,
+    progress: Progress | None,
+) -> None:
+    """Writes the folder and removes what it was made of."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     for ending in ("partial", "old"):
         remove_leftovers(folder.parent, f".{glob.escape(folder.name)}.*.{ending}")
@@ -115,11 +169,11 @@ def prepare(spec: str, config: DataConfig, folder: str | Path, *, progress: Prog
     partial.mkdir(parents=True)
     try:
         with naming(folder):
-            _fill(partial, source, spec, config, request, progress)
+            _fill(partial, source, spec, config, request, parts, progress)
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return PreparedData.open(folder)
+    ShardParts.remove(folder)
 
 
 def _answers(folder: Path, request: dict[str, Any]) -> bool:
@@ -149,7 +203,13 @@ def _move_into_place(partial: Path, folder: Path) -> None:
 
 
 def _fill(
-    folder: Path, source: Source, spec: str, config: DataConfig, request: dict[str, Any], progress: Progress | None
+    folder: Path,
+    source: Source,
+    spec: str,
+    config: DataConfig,
+    request: dict[str, Any],
+    parts: ShardParts | None,
+    progress: Progress | None,
 ) -> None:
     """Writes the four files."""
     tally = Tally()
@@ -158,7 +218,8 @@ def _fill(
         size = config.image_size
         header = _write_header(out, (0, size, size, 3))
         total = len(source) if isinstance(source, Sized) else None
-        for done, (record, outcome) in enumerate(_outcomes(source, config), start=1):
+        every = outcomes(unbroken(source, source.kind), config) if parts is None else parts.outcomes()
+        for done, (record, outcome) in enumerate(every, start=1):
             if record.path is not None:
                 files.append(str(record.path))
             if isinstance(outcome, PictureError):
@@ -196,43 +257,3 @@ def _write_header(out: IO[bytes], shape: tuple[int, ...]) -> int:
     """Writes a .npy header and returns where it ends; NumPy leaves room in it for the first axis to grow."""
     npy_format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return out.tell()
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """A picture that is kept."""
-
-    pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
-    captions: tuple[str, ...]
-    digest: bytes
-
-
-def _outcomes(source: Source, config: DataConfig) -> Iterator[tuple[Record, _Picture | PictureError]]:
-    """Every record with what became of it, in the source's order; a few threads decode ahead."""
-    waiting: deque[tuple[Record, Future[_Picture | PictureError]]] = deque()
-    # Pillow releases the interpreter lock while it decodes and resizes.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for record in unbroken(source, source.kind):
-            waiting.append((record, pool.submit(_read, record, config)))
-            if len(waiting) >= _WINDOW:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-
-
-def _read(record: Record, config: DataConfig) -> _Picture | PictureError:
-    """Opens a picture and squares it; whatever goes wrong is an outcome, never an exception."""
-    captions = tuple(caption.strip() for caption in record.captions if caption.strip())
-    if record.captions and not captions:
-        return PictureError("empty_caption", "no caption with text in it")
-    try:
-        image = to_rgb(record.load())
-        # The pixels of the whole picture, so that a split depends neither on its file format nor on image_size.
-        digest = hashlib.sha256(f"{image.width}x{image.height} ".encode() + image.tobytes()).digest()
-        return _Picture(to_square(image, config.image_size, config.fit), captions, digest)
-    except PictureError as error:
-        return error
-    except Exception as error:  # one bad picture in a million must not end the run
-        return PictureError("unreadable", f"{type(error).__name__}: {error}")

@@ -59,9 +59,10 @@ class ShardSource:
 
     def __iter__(self) -> Iterator[Record]:
         for shard in self.shards:
-            yield from self._read_all(shard)
+            yield from self.read_shard(shard)
 
-    def _read_all(self, shard: str) -> Iterator[Record]:
+    def read_shard(self, shard: str) -> Iterator[Record]:
+        """The samples of one of the shards."""
         try:
             yield from unbroken(self._read(shard), shard)
             if _cut_short(shard):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dalle_mini_impl.training.dtensors import local, part_like
+
 
 class EMA:
     """A moving average of parameters; buffers are not averaged, the model's own stay in use.
@@ -26,8 +28,8 @@ class EMA:
         """Moves the average towards the model's weights."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        current = [p.detach() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay)
+        current = [local(p.detach()) for _, p in model.named_parameters()]
+        torch._foreach_lerp_([local(weight) for weight in self.weights.values()], current, 1 - decay)
 
     @contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -62,4 +64,4 @@ class EMA:
             raise ValueError(f"the saved averaged weights are of another model: {', '.join(differing[:5])} …")
         self.num_updates = num_updates
         for name, tensor in weights.items():
-            self.weights[name].copy_(tensor)
+            self.weights[name].copy_(part_like(tensor, self.weights[name]))

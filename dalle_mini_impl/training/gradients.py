@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from dalle_mini_impl.training.batches import Batch, split_batch
+from dalle_mini_impl.training.sharding import is_sharded, no_sync
 from dalle_mini_impl.training.task import StepContext, Task, autocast
 
 logger = logging.getLogger("dalle_mini_impl.training")
@@ -111,15 +112,18 @@ class Gradients:
         accelerator, world = self.accelerator, self.accelerator.num_processes
         counts = accelerator.reduce(self.task.counts(batch).to(accelerator.device), "sum")
         micro_batches = list(split_batch(batch, self.micro_batch_size))
-        with autocast(accelerator.device, self.dtype):
-            micro_batches = self.task.before_step(self.task.model, micro_batches, counts)
+        if is_sharded(self.module):
+            micro_batches = self.module(micro_batches, counts, ahead=True)
+        else:  # a forward of DDP's would wait for its backward
+            with autocast(accelerator.device, self.dtype):
+                micro_batches = self.task.before_step(self.task.model, micro_batches, counts)
         metrics: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(micro_batches):
             generator = generators(accelerator.process_index, index)
             torch.manual_seed(generator.initial_seed())  # dropout has no other source of randomness
             context = StepContext(counts, progress, generator, step)
             last = index == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.module):
+            with contextlib.nullcontext() if last else no_sync(self.module, accelerator):
                 loss, parts = self.module(micro_batch, context)
                 if loss.requires_grad:
                     accelerator.backward(loss * world)  # DDP averages over processes what has to be summed

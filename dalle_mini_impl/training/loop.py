@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from dalle_mini_impl.training.batches import (
 from dalle_mini_impl.training.budget import Plan, StageClock, format_duration
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.compiling import should_compile
+from dalle_mini_impl.training.dtensors import load_optimizer, part_like, whole_on_cpu
 from dalle_mini_impl.training.ema import EMA
 from dalle_mini_impl.training.gradients import Gradients
 from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_learning_rate
 from dalle_mini_impl.training.progress import MetricsLog, Reporter, Running
+from dalle_mini_impl.training.sharding import Replica, Sharding
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import EvaluationContext, LossModule, Task, autocast_dtype
 
@@ -72,15 +75,14 @@ class StageTrainer:
         if config.checkpoint_gradients:
             cast(Any, task.model).checkpoint_blocks()
         self.dtype = autocast_dtype(config.precision, accelerator.device)
+        self.module, self.replica = self._prepare()
         self.ema = EMA(task.model, config.ema_decay)
         self.optimizers = build_optimizers(task.model, config)
-        module = LossModule(task, accelerator.device, self.dtype)
-        prepared: nn.Module = accelerator.prepare(module)
         rows = config.batch_size // accelerator.num_processes
         size = min(config.micro_batch_size or rows, rows)
-        self.gradients = Gradients(task, prepared, accelerator, self.dtype, size, state.note_micro_batch_size)
+        self.gradients = Gradients(task, self.module, accelerator, self.dtype, size, state.note_micro_batch_size)
         self.gradients.restrict(state.noted_micro_batch_size())
-        self.is_compiled = should_compile(task.stage, config, task.model, allotted_sec)
+        self.is_compiled = not self.replica and should_compile(task.stage, config, task.model, allotted_sec)
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0
         self.agreed = Agreement(is_finite=True, stop=False, overrun=False, save=False)
@@ -92,6 +94,18 @@ class StageTrainer:
         self._began = self._last_save = time.monotonic()
         self._saved_step = -1
         self._last_log = (time.monotonic(), 0)
+
+    def _prepare(self) -> tuple[nn.Module, Replica | None]:
+        """The task's loss over all processes and, where they share its weights out, a place for the whole model."""
+        module = LossModule(self.task, self.accelerator.device, self.dtype)
+        sharding = Sharding.of(self.accelerator)
+        if sharding is None:
+            prepared: nn.Module = self.accelerator.prepare(module)
+            return prepared, None
+        sharding.check(self.task.stage, self.task.model, self.config)
+        replica = Replica(self.task.model)
+        sharding.apply(module)
+        return module, replica
 
     @property
     def plan(self) -> Plan:
@@ -126,7 +140,8 @@ class StageTrainer:
 
     def _fit_memory(self, prefetcher: Prefetcher) -> None:
         """Several processes agree on a micro-batch before they begin; a single one does as it goes."""
-        if self.accelerator.num_processes > 1 and self.step != self.plan.total_steps:
+        alone = self.accelerator.num_processes == 1 or self.replica is not None  # no process holds a sharded model
+        if not alone and self.step != self.plan.total_steps:
             size = self.gradients.micro_batch_size
             self.gradients.fit(to_device(prefetcher.get(self.step), self.accelerator.device), self._generator)
             self._note_micro_batch(size)
@@ -293,7 +308,7 @@ class StageTrainer:
         start = time.monotonic()
         self.plan.last_evaluation = self.step
         context = EvaluationContext(self.accelerator, self.samples, self.step, self.dtype)
-        with self.ema.swapped_in(self.task.model) as model, torch.no_grad():
+        with self._averaged() as model, torch.no_grad():
             values = self.task.evaluate(model, context)
             name = self.task.score
             score = -values[name[1:]] if name.startswith("-") else values[name]
@@ -311,11 +326,19 @@ class StageTrainer:
         self._last_log = (self._last_log[0] + duration_sec, self._last_log[1])
         return duration_sec
 
+    def _averaged(self) -> contextlib.AbstractContextManager[nn.Module]:
+        """The model with the averaged weights, whole on every process."""
+        if self.replica is None:
+            return self.ema.swapped_in(self.task.model)
+        return self.replica.holding({**self.task.model.state_dict(), **self.ema.weights})
+
     def _save(self) -> None:
-        """Writes the resumable state on the main process; the others wait."""
+        """Writes the resumable state on the main process; the others give what they hold of it and wait."""
+        is_main = self.accelerator.is_main_process
+        state = whole_on_cpu(self.state_dict(), keep=is_main)
         running = self.running.gathered(self.accelerator)
-        if self.accelerator.is_main_process:
-            self.state.save({**self.state_dict(), "running": running})
+        if is_main:
+            self.state.save({**state, "running": running})
         self.accelerator.wait_for_everyone()
         self._last_save, self._saved_step = time.monotonic(), self.step
 
@@ -341,10 +364,12 @@ class StageTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where a saved state stopped."""
         self.step = state["step"]
-        self.task.model.load_state_dict(state["model"])
+        own = self.task.model.state_dict()
+        shared = {name: part_like(value, own.get(name, value)) for name, value in state["model"].items()}
+        self.task.model.load_state_dict(shared)
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         self.task.load_state_dict(state.get("task", {}))
         if state["plan"]["total_steps"] is not None:
             self.clock.plan = Plan(**state["plan"])
@@ -352,7 +377,7 @@ class StageTrainer:
         self.best_file = state["best_file"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state.get("skipped_in_a_row", 0)
         self.gradients.restrict(state.get("micro_batch_limit"))
-        self.is_compiled = state.get("is_compiled", False)  # other kernels give other bits
+        self.is_compiled = state.get("is_compiled", False) and not self.replica  # other kernels give other bits
         self.running = Running.own_part(state["running"], self.accelerator)
         self.trained_sec = state["trained_sec"]
         self.clock.start -= self.trained_sec
@@ -373,5 +398,9 @@ class StageTrainer:
         """Leaves the best averaged weights in the model."""
         assert self.best_file is not None
         self.accelerator.wait_for_everyone()
-        self.task.model.load_state_dict(self.state.load_best(self.best_file))
+        best = self.state.load_best(self.best_file)
+        if self.replica is not None:
+            self.task.model = self.replica.take(best).to(self.accelerator.device)
+        else:
+            self.task.model.load_state_dict(best)
         self.task.model.eval()

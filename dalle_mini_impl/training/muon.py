@@ -2,6 +2,7 @@
 
 PyTorch's own Muon takes matrices only and orthogonalises one after the other. This one also takes convolution
 kernels, as (out, in × height × width) matrices, and orthogonalises all those of one shape in one batched product.
+Of parameters that are shared out over processes (FSDP2) the momentum is shared out, too; directions are gathered whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from dalle_mini_impl.training.dtensors import local, part_like, whole_stack
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration; singular values end between about 0.7 and 1.2."""
@@ -61,21 +64,22 @@ class Muon(Optimizer):
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape[0], parameter[0].numel()].append(parameter)
+                    by_shape[parameter.shape[0], parameter.shape[1:].numel()].append(parameter)
             for parameters in by_shape.values():
                 self._update(parameters, group)
         return loss
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Updates all parameters of one shape."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        weights: list[Tensor] = list(parameters)
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        weights = [local(p) for p in parameters]
+        buffers = [local(self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))) for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        update = orthogonalize(torch.stack([direction.flatten(1) for direction in directions]))
+        update = orthogonalize(whole_stack([direction.flatten(1) for direction in directions], parameters[0]))
         scale = 0.2 * max(update.shape[1:]) ** 0.5
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         moves = [row.view(p.shape).to(p.dtype) for row, p in zip(update.contiguous(), parameters, strict=True)]
-        torch._foreach_add_(weights, moves, alpha=-group["lr"] * scale)
+        own = [local(part_like(move, p)) for move, p in zip(moves, parameters, strict=True)]
+        torch._foreach_add_(weights, own, alpha=-group["lr"] * scale)

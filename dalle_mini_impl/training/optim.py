@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.training.dtensors import whole
 from dalle_mini_impl.training.muon import Muon
 
 
@@ -70,4 +71,4 @@ def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scales the gradients down to a global norm of at most max_norm; returns the norm before, 0-d."""
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True))

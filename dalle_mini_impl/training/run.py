@@ -1,7 +1,7 @@
 """A run: every stage in turn, from captioned pictures to a checkpoint folder.
 
 runs/NAME/
-  run.json           the recipe and the data that the run belongs to
+  run.json           the recipe and the data that the run belongs to;  recipe.toml is what --config takes
   data/              pictures and captions, ready for training;  data-report.json
   cache/             image ids of all pictures, and CLIP's embeddings of them where something is trained on those
   state/STAGE/       resumable state, and a mark when the stage is finished
@@ -13,6 +13,8 @@ runs/NAME/
 from __future__ import annotations
 
 import logging
+import socket
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
@@ -29,7 +32,7 @@ from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_finge
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
-from dalle_mini_impl.files import check_writable, read_json, write_json
+from dalle_mini_impl.files import check_writable, read_json, write_atomically, write_json
 from dalle_mini_impl.pretrained import (
     Bundle,
     build_clip,
@@ -59,7 +62,7 @@ M = TypeVar("M", bound=nn.Module)
 
 ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
 """What a recipe trains unless it says otherwise."""
-WAITING = timedelta(hours=24)
+LONGEST_WAIT = timedelta(hours=24)
 """How long processes wait for each other: the first one may read pictures for hours. One that dies ends the others."""
 
 
@@ -90,19 +93,21 @@ def train(
     init_from: str | None = None,
     budget_sec: float | None = None,
     already_sec: float = 0.0,
+    reasons: Sequence[str] = (),
     accelerator: Accelerator | None = None,
 ) -> bool:
     """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
 
     data_spec: anything `open_source` takes. stages: default those that the recipe asks for. init_from: a checkpoint
     whose tokenizer, architecture and weights the run starts from. budget_sec: wall-clock limit for everything from now
-    on, of which already_sec have passed; a resumed run that is given none keeps to what is left of its own.
+    on, of which already_sec have passed; a resumed run that is given none keeps to what is left of its own. reasons:
+    lines on why the recipe is as it is, to be kept.
     Raises KeyboardInterrupt where a signal came outside of a stage's steps, when nothing was lost that wouldn't be made
     again, and ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
     with StopSignal() as stop:
         try:
-            run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop)
+            run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop, reasons)
             todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
             run.begin(Budget(budget_sec, already_sec=already_sec), resume)
             run.prepare()
@@ -115,8 +120,32 @@ def train(
 
 def make_accelerator() -> Accelerator:
     """The launcher's devices and processes; Accelerate has to be told of CPUs, or processes on them stay strangers."""
-    patience = InitProcessGroupKwargs(timeout=WAITING)
-    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
+    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)  # the default of GPUs is ten minutes
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
+
+
+def check_shared(folder: Path, accelerator: Accelerator) -> None:
+    """Raises ValueError on every process where one of them, on another machine, doesn't see the main process's folder.
+
+    Pictures, image ids, states and the checkpoint are written once and read by all.
+    """
+    if accelerator.num_processes == 1:
+        return
+    mark = folder / ".shared"
+    names = [uuid.uuid4().hex]
+    broadcast_object_list(names)
+    if accelerator.is_main_process:
+        mark.write_text(names[0], encoding="utf-8")
+    accelerator.wait_for_everyone()
+    seen = mark.is_file() and mark.read_text(encoding="utf-8") == names[0]
+    blind = [place for place in gather_object([("" if seen else socket.gethostname())]) if place]
+    if accelerator.is_main_process:
+        mark.unlink()
+    if blind:
+        raise ValueError(
+            f"{folder} is not the same folder on all machines ({len(blind)} processes don't see it, on "
+            f"{', '.join(sorted(set(blind)))}): choose an --out on a disk that they share"
+        )
 
 
 class Run:
@@ -134,6 +163,7 @@ class Run:
         accelerator: Accelerator,
         init_from: str | None,
         stop: StopSignal,
+        reasons: Sequence[str] = (),
     ) -> None:
         self.out, self.data_spec, self.accelerator, self.stop = out, data_spec, accelerator, stop
         self.is_main: bool = accelerator.is_main_process
@@ -143,6 +173,7 @@ class Run:
         self._note: dict[str, Any] = {}
         if self._note_path.is_file():
             self._note = read_json(self._note_path, f"delete {out}, or choose another --out")
+        self._reasons = list(reasons) or self._note.get("reasons", [])
         self._init_from = init_from if init_from is not None else self._note.get("init_from")
         initial = out / "initial"
         self._initial: Bundle | None = None
@@ -178,9 +209,8 @@ class Run:
         """Pictures, captions, tokenizer and the models that there are; the main process first."""
         if self.is_main:
             check_writable(self.out)
-            self._read_pictures()
-        self.accelerator.wait_for_everyone()
-        self.data = PreparedData.open(self.out / "data")
+        check_shared(self.out, self.accelerator)
+        self.data = self._read_pictures()
         self._check_data()
         checkpoint = self.out / "checkpoint"
         if self.is_main and not (checkpoint / "config.json").is_file():
@@ -202,10 +232,19 @@ class Run:
             stream.num_image_tokens,
         )
 
-    def _read_pictures(self) -> None:
+    def _read_pictures(self) -> PreparedData:
+        accelerator = self.accelerator
         try:
-            with counting("reading pictures") as progress:
-                prepare(self.data_spec, self.recipe.data, self.out / "data", progress=progress)
+            with counting("reading pictures", self.is_main) as progress:
+                return prepare(
+                    self.data_spec,
+                    self.recipe.data,
+                    self.out / "data",
+                    rank=accelerator.process_index,
+                    world_size=accelerator.num_processes,
+                    barrier=accelerator.wait_for_everyone,
+                    progress=progress,
+                )
         except NoPicturesError as error:
             path = self.out / "data-report.json"
             write_json(path, error.report)
@@ -225,12 +264,15 @@ class Run:
         budget = self.budget
         self._note = {
             "recipe": self.recipe.model_dump(mode="json"),
+            "reasons": self._reasons,
             "data": self.data_spec,
             "init_from": self._init_from,
             "data_fingerprint": self.data.fingerprint,
             "budget": budget.total_sec and {"total_sec": budget.total_sec, "used_sec": budget.elapsed_sec()},
         }
         if self.is_main:
+            text = self.recipe.to_toml([f"--data {self.data_spec}", *self._reasons])
+            write_atomically(self.out / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
             write_json(self._note_path, self._note)
 
     def _first_bundle(self) -> Bundle:

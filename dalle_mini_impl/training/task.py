@@ -131,7 +131,8 @@ class LossModule(nn.Module):
         self._device = device
         self._dtype = dtype
 
-    def forward(self, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Task.loss`."""
+    def forward(self, *arguments: Any, ahead: bool = False) -> Any:
+        """See `Task.loss`, or, with ahead, `Task.before_step`."""
+        run = self._task.before_step if ahead else self._task.loss
         with autocast(self._device, self._dtype):
-            return self._task.loss(self.model, batch, context)
+            return run(self.model, *arguments)

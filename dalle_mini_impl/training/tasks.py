@@ -204,8 +204,7 @@ class CLIPTask(_Task):
         own = [torch.cat([pair[side] for pair in vectors]) for side in (0, 1)]
         own.append(torch.cat([_with_negatives(batch, "keys", "negative_keys") for batch in micro_batches]))
         images, texts, keys = (self.accelerator.gather(part) if world > 1 else part for part in own)
-        self._scale = [p for p in (clip.logit_scale, clip.logit_bias) if p is not None]
-        inputs = [images.requires_grad_(), texts.requires_grad_(), *self._scale]
+        inputs = [images.requires_grad_(), texts.requires_grad_(), *_scale(clip)]
         flat_texts, flat_keys = _own_first(texts), _own_first(keys)
         with torch.autocast(images.device.type, enabled=False):
             loss = clip.contrast(images, flat_texts, keys[:, 0], flat_keys)
@@ -229,7 +228,7 @@ class CLIPTask(_Task):
         image_vectors, text_vectors = self._vectors(clip, batch)
         share = (len(batch["keys"]) / context.counts[0]).float()
         surrogate = (image_vectors * batch["image_grad"]).sum() + (text_vectors * batch["text_grad"]).sum()
-        for parameter, grad in zip(self._scale, self._scale_grads, strict=True):
+        for parameter, grad in zip(_scale(clip), self._scale_grads, strict=True):
             surrogate = surrogate + share * (parameter * grad).sum()
         return surrogate, {name: value * share for name, value in self._global.items()}
 
@@ -394,6 +393,11 @@ class DALLETask(_Task):
 def captioned(data: PreparedData, indices: Indices) -> Indices:
     """Those of the pictures that have a caption."""
     return np.array([index for index in indices if data.captions[index]], dtype=np.int64)
+
+
+def _scale(clip: CLIP) -> list[nn.Parameter]:
+    """What the loss depends on besides the vectors."""
+    return [p for p in (clip.logit_scale, clip.logit_bias) if p is not None]
 
 
 def _with_negatives(batch: Batch, own: str, negatives: str) -> Tensor:
