@@ -36,6 +36,8 @@ class ImageTower(nn.Module):
             width, side = config.width, (side + 1) // 2
         layers += [nn.ReLU(), nn.Conv2d(width, config.width, 1)]
         self.stem = nn.Sequential(*layers)
+        self.last_of_stem = sum(isinstance(layer, nn.ReLU) for layer in layers) - 1
+        """Where the stem's last vectors stand in `features`."""
         self.position = nn.Parameter(torch.randn(side * side, config.width) * 0.02)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.image_layers))
         self.norm = Norm(config.width)

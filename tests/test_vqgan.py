@@ -24,7 +24,7 @@ from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
-from dalle_mini_impl.training.fidelity import fidelity, through
+from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
 from dalle_mini_impl.training.run import stage_order, train
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.vqgan import VQGANTask
@@ -216,18 +216,22 @@ def test_fidelity_of_perfect_and_of_blurred_pictures(tmp_path: Path) -> None:
     made, clip = data(), tiny_bundle().clip
     assert clip is not None
     context = EvaluationContext(Accelerator(cpu=True), tmp_path, 1, None)
-    indices = np.arange(24)
-    perfect = fidelity(lambda images: images, clip.encode_image, made, indices, context)
+    indices, eyes = np.arange(24), eyes_of(clip)
+    perfect = fidelity(lambda images: images, eyes, made, indices, context)
     assert perfect["rfd"] == pytest.approx(0, abs=1e-6) and perfect["sharpness"] == 1
-    assert perfect["rfd_apart"] == pytest.approx(perfect["rfd_floor"], rel=1e-6)
-    assert perfect["rfd_floor"] > 0
+    assert perfect["rfd_local"] == pytest.approx(0, abs=1e-6)
+    for name in ("rfd", "rfd_local"):
+        assert perfect[f"{name}_apart"] == pytest.approx(perfect[f"{name}_floor"], rel=1e-6)
+        assert perfect[f"{name}_floor"] > 0
 
     def blur(images: Tensor) -> Tensor:
         return torch.nn.functional.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
 
-    blurred = fidelity(blur, clip.encode_image, made, indices, context)
+    blurred = fidelity(blur, eyes, made, indices, context)
     assert blurred["rfd"] > 1e-4 and blurred["sharpness"] < 0.7 and blurred["psnr"] < perfect["psnr"]
-    assert fidelity(blur, clip.encode_image, made, indices[:3], context).keys() == {"psnr", "ssim", "sharpness", "rfd"}
+    assert blurred["rfd_local"] > 1e-4
+    few = fidelity(blur, eyes, made, indices[:3], context)
+    assert few.keys() == {"psnr", "ssim", "sharpness", "rfd", "rfd_local"}
 
 
 # --- whole runs ---

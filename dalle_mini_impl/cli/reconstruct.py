@@ -37,7 +37,7 @@ def reconstruct(
     from dalle_mini_impl.files import write_json
     from dalle_mini_impl.pretrained import load_bundle
     from dalle_mini_impl.training.evaluation import held_out
-    from dalle_mini_impl.training.fidelity import fidelity, through
+    from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
     from dalle_mini_impl.training.task import EvaluationContext
 
     state = process_state()
@@ -57,7 +57,7 @@ def reconstruct(
     for name, bundle in bundles.items():
         if bundle.vae is None:
             raise ValueError(f"checkpoint {name!r} has no vae.safetensors: train its vae stage")
-        results[name] = fidelity(through(bundle.vae), clip.encode_image, source, indices, context)
+        results[name] = fidelity(through(bundle.vae), eyes_of(clip), source, indices, context)
     if not state.is_main_process:
         return
     facts = {

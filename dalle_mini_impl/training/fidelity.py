@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.frechet import Moments, frechet_distance
 from dalle_mini_impl.training.batches import Indices
@@ -18,10 +18,12 @@ from dalle_mini_impl.vae.losses import reconstruction_metrics
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 BATCH_SIZE = 64
-Features = Callable[[Tensor], Tensor]
-"""Pictures (B, 3, S, S) in [0, 1] to vectors (B, D)."""
 Rebuild = Callable[[Tensor], Tensor]
 """Pictures (B, 3, S, S) in [0, 1] to what comes back of them."""
+Eyes = Mapping[str, Callable[[Tensor], Tensor]]
+"""Kinds of features by the name of their distance: pictures (B, 3, S, S) in [0, 1] to vectors (n, D), in any order."""
+Found = dict[str, Moments]
+"""Moments of features by what they are of: ``rfd true 0`` are those of the originals of the first half."""
 
 
 def through(vae: DiscreteVAE) -> Rebuild:
@@ -29,53 +31,76 @@ def through(vae: DiscreteVAE) -> Rebuild:
     return lambda images: vae.decode(vae.encode(images))
 
 
+def eyes_of(clip: CLIP) -> Eyes:
+    """What a CLIP sees: `rfd` in a picture as a whole, its embedding; `rfd_local` at each place of its stem's grid.
+
+    The embedding knows what is shown and hardly notices blur; the stem's vectors see some 30 pixels each way and do.
+    """
+    tower = clip.image_tower
+    return {
+        "rfd": clip.encode_image,
+        "rfd_local": lambda images: tower.features(images)[tower.last_of_stem].flatten(0, 1),
+    }
+
+
 @torch.no_grad()
 def fidelity(
-    rebuild: Rebuild, features: Features, data: PreparedData, indices: Indices, context: EvaluationContext
+    rebuild: Rebuild, eyes: Eyes, data: PreparedData, indices: Indices, context: EvaluationContext
 ) -> dict[str, float]:
     """Metrics of reconstructions, the same on every process.
 
     psnr (dB), ssim. sharpness: mean absolute difference of neighbouring pixels, as a share of the originals'.
-    rfd: Fréchet distance of reconstructions to their own originals; 0 is perfect. From 4 pictures on also rfd_apart: of
-    the reconstructions of one half to the originals of the other; and rfd_floor: the same with the originals of both
-    halves, what a perfect VAE would reach.
+    For each name of eyes the Fréchet distance of reconstructions to their own originals; 0 is perfect. From 4 pictures
+    on also NAME_apart: of the reconstructions of one half to the originals of the other; and NAME_floor: the same with
+    the originals of both halves, what a perfect VAE would reach.
     """
     device, world = context.accelerator.device, context.accelerator.num_processes
     places = np.arange(len(indices))[context.accelerator.process_index :: world]
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # psnr, ssim, roughness of both, pictures
-    rows: list[tuple[int, Any, Any]] = []
-    for start in range(0, len(places), BATCH_SIZE):
-        chunk = places[start : start + BATCH_SIZE]
-        images = data.images(indices[chunk]).to(device)
-        with context.autocast():
-            rebuilt = rebuild(images).float()
-            vectors = [features(pictures).double().cpu().numpy() for pictures in (images, rebuilt)]
-        values = reconstruction_metrics(images, rebuilt)
-        each = [
-            values["psnr"],
-            values["ssim"],
-            _roughness(images),
-            _roughness(rebuilt),
-            torch.ones_like(values["psnr"]),
-        ]
-        sums += torch.stack([value.double().sum() for value in each])
-        rows += list(zip(chunk.tolist(), *vectors, strict=True))
+    found: Found = {}
+    for half in (0, 1):
+        own = places[places % 2 == half]
+        for start in range(0, len(own), BATCH_SIZE):
+            images = data.images(indices[own[start : start + BATCH_SIZE]]).to(device)
+            with context.autocast():
+                rebuilt = rebuild(images).float()
+                for name, see in eyes.items():
+                    for kind, pictures in (("true", images), ("rebuilt", rebuilt)):
+                        _add(found, f"{name} {kind} {half}", Moments.of(see(pictures).float().cpu()))
+            values = reconstruction_metrics(images, rebuilt)
+            ones = torch.ones_like(values["psnr"])
+            each = [values["psnr"], values["ssim"], _roughness(images), _roughness(rebuilt), ones]
+            sums += torch.stack([value.double().sum() for value in each])
     sums = context.accelerator.reduce(sums, "sum")
-    rows = sorted(gather_object(rows), key=lambda row: row[0]) if world > 1 else rows
+    if world > 1:
+        found = _together(gather_object([found]))
     psnr, ssim, rough, rebuilt_rough, _ = (sums / sums[-1]).tolist()
     metrics = {"psnr": psnr, "ssim": ssim, "sharpness": rebuilt_rough / max(rough, 1e-12)}
-    return metrics | _distances(*(torch.from_numpy(np.stack([row[part] for row in rows])) for part in (1, 2)))
+    for name in eyes:
+        metrics |= _distances(name, found, apart=len(indices) >= 4)
+    return metrics
 
 
-def _distances(true: Tensor, rebuilt: Tensor) -> dict[str, float]:
-    """Fréchet distances of the features (n, D) of originals and of reconstructions; see `fidelity`."""
-    metrics = {"rfd": frechet_distance(Moments.of(rebuilt), Moments.of(true))}
-    half = len(true) // 2
-    if half < 2:
-        return metrics
-    first, others = slice(0, 2 * half, 2), Moments.of(true[1 : 2 * half : 2])
-    metrics["rfd_apart"] = frechet_distance(Moments.of(rebuilt[first]), others)
-    metrics["rfd_floor"] = frechet_distance(Moments.of(true[first]), others)
+def _add(found: Found, key: str, moments: Moments) -> None:
+    found[key] = found[key] + moments if key in found else moments
+
+
+def _together(parts: Sequence[Found]) -> Found:
+    """The moments of all processes."""
+    total: Found = {}
+    for part in parts:
+        for key, moments in part.items():
+            _add(total, key, moments)
+    return total
+
+
+def _distances(name: str, found: Found, apart: bool) -> dict[str, float]:
+    """Fréchet distances of one kind of features; see `fidelity`."""
+    true, rebuilt = ([found[f"{name} {kind} {half}"] for half in (0, 1)] for kind in ("true", "rebuilt"))
+    metrics = {name: frechet_distance(rebuilt[0] + rebuilt[1], true[0] + true[1])}
+    if apart:
+        metrics[f"{name}_apart"] = frechet_distance(rebuilt[0], true[1])
+        metrics[f"{name}_floor"] = frechet_distance(true[0], true[1])
     return metrics
 
 

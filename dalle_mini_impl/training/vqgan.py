@@ -18,7 +18,7 @@ from dalle_mini_impl.sheet import comparison_sheet, save_sheet
 from dalle_mini_impl.training.adversary import Adversary, Judged, autocast_off
 from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.evaluation import NUM_RECONSTRUCTIONS
-from dalle_mini_impl.training.fidelity import fidelity, through
+from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks import VAETask
 from dalle_mini_impl.vae.augment import NUM_DRAWS
@@ -156,11 +156,11 @@ class VQGANTask(VAETask):
         metrics = self._fidelity(vae, context)
         if context.accelerator.is_main_process:
             self._write_sheet(vae, context)
-        names = ("psnr", "ssim", "sharpness", "rfd", "rfd_apart")
-        return metrics | {f"{name}_before": self._metrics_before[name] for name in names if name in metrics}
+        names = ("psnr", "ssim", "sharpness", "rfd", "rfd_local")
+        return metrics | {f"{name}_before": self._metrics_before[name] for name in names}
 
     def _fidelity(self, vae: DiscreteVAE, context: EvaluationContext) -> dict[str, float]:
-        return fidelity(through(vae), self.clip.encode_image, self.data, self.held_out, context)
+        return fidelity(through(vae), eyes_of(self.clip), self.data, self.held_out, context)
 
     def _write_sheet(self, vae: DiscreteVAE, context: EvaluationContext) -> None:
         """Originals, what came back of them before this stage, and what comes back now."""
