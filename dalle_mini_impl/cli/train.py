@@ -23,6 +23,14 @@ class StageName(enum.StrEnum):
     dalle = "dalle"
 
 
+class TrackerName(enum.StrEnum):
+    """An experiment tracker."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    trackio = "trackio"
+
+
 def train(
     data: Annotated[
         str, typer.Option(help="Folder, file, tar shards, Hugging Face dataset, or a made source (shapes, emoji).")
@@ -42,6 +50,10 @@ def train(
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 25m, 1h30m. Replaces the steps.")
+    ] = None,
+    track: Annotated[
+        list[TrackerName] | None,
+        typer.Option(help="Send metrics and sample sheets to this tracker, too; may be given several times."),
     ] = None,
 ) -> None:
     """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated."""
@@ -64,6 +76,7 @@ def train(
             budget_sec=budget_sec,
             already_sec=process_age_sec(),
             accelerator=accelerator,
+            track=track or (),
         )
     except KeyboardInterrupt:  # outside of a stage's steps: nothing is lost that wouldn't be made again
         finished = False
