@@ -33,7 +33,7 @@ LEVELS = [
         "sheet",
     },
     {"training", "pipeline"},
-    {"cli", "web", "bench", "evaluate", "estimate", "__main__"},
+    {"cli", "web", "bench", "evaluate", "estimate", "report", "__main__"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 WITHIN_A_LEVEL = {
@@ -47,6 +47,7 @@ WITHIN_A_LEVEL = {
     ("cli", "evaluate"),
     ("cli", "bench"),
     ("cli", "estimate"),
+    ("cli", "report"),
     ("bench", "estimate"),
     ("rerank", "embed"),
     ("classify", "embed"),

@@ -24,9 +24,9 @@ from tests.tiny import tiny_recipe
 DATA = "shapes:count=60"
 
 
-def recipe(steps: int = 4) -> Recipe:
+def recipe(*overrides: str, steps: int = 4) -> Recipe:
     settings = ("batch_size=8", "evaluations=2", "warmup_steps=2", "precision=fp32", f"steps={steps}")
-    return tiny_recipe(*(f"train.{stage}.{setting}" for stage in ORDER for setting in settings))
+    return tiny_recipe(*(f"train.{stage}.{setting}" for stage in ORDER for setting in settings), *overrides)
 
 
 class Recorder(GeneralTracker):

@@ -26,6 +26,7 @@ VERBS = {
     "search": "Find pictures of an index by what they show.",
     "replay": "Draw a picture again from the settings inside its file.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
+    "report": "Write a page about a run: curves, samples, what it has learnt by heart.",
     "estimate": "Say what a recipe costs: parameters, memory, time.",
     "bench": "Measure how fast it is, beside peers and the machine's limits.",
     "export": "Copy a checkpoint with its weights in 16 bits, to ship or to share.",

@@ -56,9 +56,13 @@ class MetricsLog:
         """Drops the lines of a stage after a step, and a half-written last line: they are about to be made again."""
         if not self.enabled or not self.path.is_file():
             return
-        kept = [line for line in map(_parse, self.path.read_text(encoding="utf-8").splitlines()) if line is not None]
-        kept = [line for line in kept if line["stage"] != stage or line["step"] <= step]
+        kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         write_json_lines(self.path, kept)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; what isn't one, like the last line of a killed run, is left out."""
+    return [line for line in map(_parse, path.read_text(encoding="utf-8").splitlines()) if line is not None]
 
 
 def _parse(line: str) -> dict[str, Any] | None:
