@@ -6,8 +6,10 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,16 @@ from dalle_mini_impl.data.shapes import ShapesSource
 from dalle_mini_impl.report.drawing import choose_prompts
 from dalle_mini_impl.report.elements import tag, to_html
 from dalle_mini_impl.report.measure import flat_psnr
-from dalle_mini_impl.report.memorisation import audit, chance_interval, clip_ruler, nearest, pixel_ruler, share_of
+from dalle_mini_impl.report.memorisation import (
+    Audit,
+    Ruler,
+    audit,
+    chance_interval,
+    clip_ruler,
+    nearest,
+    pixel_ruler,
+    share_of,
+)
 from dalle_mini_impl.report.records import read_run
 from dalle_mini_impl.report.svg import Level, Line, line_chart, thinned, ticks
 from dalle_mini_impl.training.run import train
@@ -200,20 +211,34 @@ def scenes(start: int, count: int) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
 
 
+def audited(
+    ruler: Ruler,
+    samples: Tensor,
+    prompts: Sequence[int],
+    from_training: Sequence[bool],
+    training: Tensor,
+    held_out: Tensor,
+    **options: Any,
+) -> Audit:
+    """The audit between pictures instead of their features."""
+    sides = (ruler.features(training), ruler.features(held_out))
+    return audit(ruler, samples, prompts, from_training, *sides, **options)
+
+
 def test_the_audit_finds_copies_and_clears_what_is_drawn_anew() -> None:
     training, held_out, fresh = scenes(0, 150), scenes(150, 150), scenes(300, 200)
     noise = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.03
     copies = (training[:40] + noise).clamp(0, 1)
     sides = [index % 2 == 0 for index in range(40)]
-    copied = audit(pixel_ruler(), copies, range(40), sides, training, held_out, control=fresh)
+    copied = audited(pixel_ruler(), copies, range(40), sides, training, held_out, control=fresh)
     assert copied.samples.mean > 0.97 and copied.samples.low > 0.9 and copied.num_references == 150
-    anew = audit(pixel_ruler(), fresh, range(200), [index % 2 == 0 for index in range(200)], training, held_out)
+    anew = audited(pixel_ruler(), fresh, range(200), [index % 2 == 0 for index in range(200)], training, held_out)
     assert anew.samples.chance is not None and copied.samples.chance is not None
     low, high = anew.samples.chance
     assert 0.35 < low < anew.samples.mean < high < 0.65
     assert copied.samples.mean > copied.samples.chance[1]
     assert anew.control is None and copied.control is not None and abs(copied.control.mean - 0.5) < 0.12
-    swapped = audit(pixel_ruler(), copies, range(40), sides, held_out, training)
+    swapped = audited(pixel_ruler(), copies, range(40), sides, held_out, training)
     assert swapped.samples.mean == pytest.approx(1 - copied.samples.mean)
 
 
@@ -223,21 +248,21 @@ def test_copies_are_found_by_clip_and_mirrored_too() -> None:
     training, held_out = scenes(0, 30), scenes(30, 30)
     sides = [index % 2 == 0 for index in range(30)]
     ruler = clip_ruler(bundle.clip)
-    assert audit(ruler, training, range(30), sides, training, held_out).samples.mean == 1.0
+    assert audited(ruler, training, range(30), sides, training, held_out).samples.mean == 1.0
     mirrored = training.flip(-1)
-    assert audit(pixel_ruler(), mirrored, range(30), sides, training, held_out).samples.mean < 0.9
-    found = audit(pixel_ruler(), mirrored, range(30), sides, training, held_out, mirrored=True)
+    assert audited(pixel_ruler(), mirrored, range(30), sides, training, held_out).samples.mean < 0.9
+    found = audited(pixel_ruler(), mirrored, range(30), sides, training, held_out, mirrored=True)
     assert found.samples.mean == 1.0
 
 
 def test_sides_of_different_size_are_refused() -> None:
     with pytest.raises(ValueError, match="5 training and 4 held-out pictures: compare with as many"):
-        audit(pixel_ruler(), scenes(0, 2), [0, 1], [True, False], scenes(2, 5), scenes(7, 4))
+        audited(pixel_ruler(), scenes(0, 2), [0, 1], [True, False], scenes(2, 5), scenes(7, 4))
 
 
 def test_ties_count_half_and_prompts_vary_together() -> None:
     same = scenes(0, 10)
-    tied = audit(pixel_ruler(), scenes(20, 6), [0, 0, 1, 1, 2, 2], [True] * 2 + [False] * 4, same, same)
+    tied = audited(pixel_ruler(), scenes(20, 6), [0, 0, 1, 1, 2, 2], [True] * 2 + [False] * 4, same, same)
     assert tied.samples.mean == 0.5 and tied.samples.low == tied.samples.high == 0.5
     hits = np.array([1.0] * 8 + [0.0] * 8)
     apart, together = share_of(hits, range(16)), share_of(hits, [0] * 8 + [1] * 8)

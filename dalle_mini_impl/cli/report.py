@@ -35,6 +35,9 @@ def report(
     from dalle_mini_impl.report.page import render
     from dalle_mini_impl.report.records import read_run
 
+    state = process_state()
+    if not state.is_main_process:
+        return
     record = read_run(run)
     is_readable = record.recipe.data.image_size >= MIN_SIDE
     of_shapes = is_readable and (record.data_report or {}).get("kind") == "shapes"
@@ -50,7 +53,7 @@ def report(
             seed=seed,
             distance=distance,
             judge=chosen,
-            device=process_state().device,
+            device=state.device,
             progress=progress,
         )
         findings = measure(record, options)

@@ -220,8 +220,8 @@ def _audit(
     control, others = others[:num_control], others[num_control:]
     more = rng.permutation(np.setdiff1d(data.train, sides[True]))
     num_more = min(len(others), len(more), MAX_REFERENCES)
-    training = data.images(np.concatenate([sides[True], more[:num_more]]))
-    held = data.images(np.concatenate([sides[False], others[:num_more]]))
+    training = np.concatenate([sides[True], more[:num_more]])
+    held = np.concatenate([sides[False], others[:num_more]])
     samples = torch.cat([_pixels(pictures) for pictures in drawn])
     owners = [index for index, pictures in enumerate(drawn) for _ in pictures]
     decoded = _through_vae(vae, data.images(control)) if num_control else None
@@ -232,8 +232,8 @@ def _audit(
                 samples,
                 owners,
                 [prompts[owner].from_training for owner in owners],
-                training,
-                held,
+                torch.cat([features for _, features in features_of(ruler, data, training)]),
+                torch.cat([features for _, features in features_of(ruler, data, held)]),
                 control=decoded,
                 mirrored=mirrored,
             )

@@ -166,11 +166,12 @@ def audit(
     control: Tensor | None = None,
     mirrored: bool = False,
 ) -> Audit:
-    """Compares samples (n, 3, S, S) in [0, 1] with as many training as held-out pictures.
+    """Compares samples (n, 3, S, S) in [0, 1] with the features (m, D) of as many training as held-out pictures.
 
     The larger set would win by its size alone, so ValueError unless both have the same number. prompts: which samples
-    share a prompt. from_training: whether a sample's prompt is a training picture's caption. For 50 % to be chance,
-    as many prompts have to come from either side, and the pictures that they belong to stand on theirs.
+    share a prompt. from_training: whether a sample's prompt is a training picture's caption; for 50 % to be chance, as
+    many prompts have to come from either side, and the pictures that they belong to stand on theirs. control: pictures
+    (k, 3, S, S), see `Audit`. mirrored: whether training mirrored its pictures, so that copies may be mirrored, too.
     """
     if len(training) != len(held_out) or not len(training):
         raise ValueError(f"{len(training)} training and {len(held_out)} held-out pictures: compare with as many")
@@ -178,11 +179,9 @@ def audit(
     def compare(pictures: Tensor) -> tuple[npt.NDArray[np.float64], tuple[float, float]]:
         views = views_of(ruler, pictures, mirrored)
         sides = []
-        for references in (training, held_out):
-            starts = range(0, len(references), _AT_ONCE)
-            features = [ruler.features(references[start : start + _AT_ONCE]) for start in starts]
-            parts = [(np.arange(start, start + len(part)), part) for start, part in zip(starts, features, strict=True)]
-            sides.append(nearest_in_views(views, lambda parts=parts: iter(parts)))  # type: ignore[misc]
+        for features in (training, held_out):
+            side = [(np.arange(len(features)), features)]
+            sides.append(nearest_in_views(views, lambda side=side: iter(side)))  # type: ignore[misc]
         (to_training, index), (to_held_out, other) = sides
         nearest_of = np.where((to_training < to_held_out).numpy(), index, len(training) + other)
         return nearer_to_training(to_training, to_held_out), chance_interval(nearest_of, 2 * len(training))
