@@ -50,6 +50,9 @@ svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--ink); font: 14px system-ui, sans-serif; }
 svg .tick { fill: var(--soft); font-size: 13px; }
 svg .level-name { fill: var(--level); font-size: 13px; paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
+@media (max-width: 560px) {
+  svg text, svg .tick, svg .level-name { font-size: 18px; }
+}
 .grid { stroke: var(--rule); stroke-width: 1; }
 .level { stroke: var(--level); stroke-width: 1.5; stroke-dasharray: 6 4; }
 polyline { fill: none; stroke: currentColor; stroke-linejoin: round; }
@@ -139,7 +142,7 @@ def _facts(record: RunRecord, findings: Findings) -> Element:
         (
             "parameters",
             number(sum(findings.num_parameters.values())) if findings.num_parameters else None,
-            "three models",
+            " + ".join(NAMES[name] for name in findings.num_parameters),
         ),
         ("time in training", format_duration(sum(stage.train_sec for stage in record.stages.values())), "all stages"),
         ("VAE", _unit(vae.last("psnr"), ".1f", "dB"), f"flat colours: {_unit(findings.flat_psnr, '.1f', 'dB')}"),

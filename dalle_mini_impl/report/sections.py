@@ -311,13 +311,18 @@ def settings(record: RunRecord, findings: Findings) -> Element:
     ours, defaults = record.recipe.model_dump(mode="json"), Recipe().model_dump(mode="json")
     changed = differences(defaults, ours)
     sentence = f"The whole recipe; what differs from the defaults is listed first and marked with {_SIGN}."
-    rows = [[f"{_SIGN} {key}", _setting(own), _setting(default)] for key, (default, own) in changed.items()]
+    rows = [
+        [f"{_SIGN}\N{NO-BREAK SPACE}{key}", _setting(own), _setting(default)] for key, (default, own) in changed.items()
+    ]
     parts: list[Node] = [table(["setting", "this run", "default"], rows)] if rows else [tag("p", "All are defaults.")]
     for name, values in ours.items():
         if not isinstance(values, Mapping):
             continue
         flat = _flat(values, f"{name}.")
-        marked = [[f"{_SIGN} {key}" if key in changed else key, _setting(value)] for key, value in flat.items()]
+        marked = [
+            [f"{_SIGN}\N{NO-BREAK SPACE}{key}" if key in changed else key, _setting(value)]
+            for key, value in flat.items()
+        ]
         parts.append(details(f"[{name}]", table(["setting", "value"], marked)))
     note = [["data", str(record.note["data"])], ["init-from", str(record.note.get("init_from") or "–")]]
     note += [["data fingerprint", str(record.note.get("data_fingerprint", "–"))]]

@@ -12,7 +12,7 @@ from dalle_mini_impl.report.elements import Element, Node, tag
 from dalle_mini_impl.report.memorisation import Share
 
 WIDTH, HEIGHT = 520, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 16, 14, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 14, 50
 _MIN_LABEL_GAP = 17
 _MAX_POINTS = 600
 
@@ -211,7 +211,7 @@ def _legend(lines: Sequence[Line]) -> Element:
 def share_chart(rows: Sequence[tuple[str, Share]], *, chance: float, x_label: str) -> Element:
     """Shares from 0 to 100 % with their intervals, one below the other, and what chance would make of them."""
     step, top = 58, 24
-    height = top + step * len(rows) + 42
+    height = top + step * len(rows) + 50
     left, right = 14, WIDTH - 16
     bottom = top + step * len(rows)
 
@@ -240,7 +240,7 @@ def share_chart(rows: Sequence[tuple[str, Share]], *, chance: float, x_label: st
         parts.append(tag("line", x1=x(share.low), x2=x(share.high), y1=y, y2=y, class_=f"interval c{colour}"))
         dot = tag("circle", tag("title", f"{words}, {interval}"), cx=x(share.mean), cy=y, r=6, class_=f"dot c{colour}")
         parts.append(dot)
-    parts.append(tag("text", x_label, x=(left + right) / 2, y=bottom + 36, class_="axis", text_anchor="middle"))
+    parts.append(tag("text", x_label, x=(left + right) / 2, y=bottom + 42, class_="axis", text_anchor="middle"))
     return tag("div", _image(f"{x_label}, chance is {percent_of(chance)}", parts, height=height), class_="chart")
 
 
