@@ -5,6 +5,7 @@ Tests that need a GPU stand in `on_gpu.py`, which `test_gpu.py` runs in a proces
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command's log goes to the standard error of the test that has run it, and of no other."""
+    monkeypatch.setattr(logging.getLogger("dalle_mini_impl"), "handlers", [])
 
 
 @pytest.fixture(autouse=True)

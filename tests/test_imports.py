@@ -34,7 +34,7 @@ LEVELS = [
         "sheet",
     },
     {"training", "pipeline"},
-    {"cli", "web", "bench", "evaluate", "estimate", "__main__"},
+    {"cli", "web", "bench", "evaluate", "estimate", "report", "__main__"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 WITHIN_A_LEVEL = {
@@ -51,6 +51,7 @@ WITHIN_A_LEVEL = {
     ("cli", "estimate"),
     ("cli", "web"),
     ("web", "cli"),
+    ("cli", "report"),
     ("bench", "estimate"),
     ("rerank", "embed"),
     ("classify", "embed"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -110,12 +109,6 @@ def test_a_survey_ends_where_records_come_slowly(folder: Path, monkeypatch: pyte
     assert seen.side_px is None
     assert seen.is_counted == (seen.num_pictures == 30)
     assert chosen(seen, TWO_CORES).data.image_size == 64
-
-
-@pytest.fixture(autouse=True)
-def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command's log goes to the standard error of the test that has run it, and of no other."""
-    monkeypatch.setattr(logging.getLogger("dalle_mini_impl"), "handlers", [])
 
 
 def run(*arguments: str) -> int:

@@ -32,6 +32,7 @@ VERBS = {
     "replay": "Draw a picture again from the settings inside its file.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
     "reconstruct": "Measure and show what a VAE gives back of held-out pictures, beside another's.",
+    "report": "Write a page about a run: curves, samples, what it has learnt by heart.",
     "estimate": "Say what a recipe costs: parameters, memory, time.",
     "bench": "Measure how fast it is, beside peers and the machine's limits.",
     "export": "Copy a checkpoint with its weights in 16 bits, to ship or to share.",

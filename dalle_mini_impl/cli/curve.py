@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from dalle_mini_impl.cli.sample import progress_bar, read_prompts
 from dalle_mini_impl.data.checker import check_caption
 from dalle_mini_impl.data.shapes import held_out_prompts
 from dalle_mini_impl.files import write_json
-from dalle_mini_impl.pipeline import RankedPicture, TextToImage
+from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.pretrained import load_bundle
-from dalle_mini_impl.rerank import CurvePoint, FloatArray, best_of_n_curve, rank_pictures
+from dalle_mini_impl.report.drawing import RANKERS, draw_candidates, ranker_curves, scores_of
+from dalle_mini_impl.rerank import CurvePoint, rank_pictures
 
 Judge = Callable[[str, Sequence[Image.Image]], list[float]]
 """Quality of pictures that were drawn for a prompt: higher is better."""
 
-_PICTURES_AT_ONCE = 256
+_RANKERS = ("clip", "log_ratio", "reading", "rank", "oracle")
 _SHAPES_PROMPTS = 100
 
 
@@ -48,19 +49,12 @@ def draw_curve(
     plot = load_matplotlib()
     prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
     model = TextToImage.from_pretrained(checkpoint, process_state().device)
-    scores: dict[str, list[list[float]]] = {"clip": [], "log_ratio": [], "reading": [], "rank": [], "oracle": []}
-    for prompt, pictures in _draw(model, prompts, candidates, seed):
-        scores["oracle"].append(judge_pictures(prompt, [picture.image for picture in pictures]))
-        scores["log_ratio"].append([picture.log_ratio for picture in pictures])
-        scores["reading"].append([picture.read_score for picture in pictures if picture.read_score is not None])
-        scores["rank"].append([picture.score for picture in pictures])
-        scores["clip"].append([picture.clip_score for picture in pictures if picture.clip_score is not None])
-    if model.bundle.clip is None:
-        del scores["clip"]
-    if model.dalle.reading is None:
-        del scores["reading"]
-    arrays: dict[str, FloatArray] = {name: np.array(values, dtype=np.float64) for name, values in scores.items()}
-    curves = {name: best_of_n_curve(array, arrays["oracle"], seed=seed) for name, array in arrays.items()}
+    scores, quality = [], []
+    with progress_bar(len(prompts) * candidates * model.dalle.stream.num_image_tokens) as progress:
+        for prompt, pictures in draw_candidates(model, prompts, candidates, seed, lambda done: progress(done, 0)):
+            scores.append(scores_of(pictures))
+            quality.append(judge_pictures(prompt, [picture.image for picture in pictures]))
+    curves = ranker_curves(scores, quality, _RANKERS, seed)
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
         "checkpoint_hash": model.bundle.checkpoint_hash,
@@ -89,9 +83,15 @@ def _prompts_and_judge(
         if judge is not None:
             raise ValueError("shapes are judged by their checker: leave out --judge, or give prompts of your own")
         prompts = held_out_prompts(num_prompts or _SHAPES_PROMPTS, seed)
-        return prompts, _checker, "the checker of shapes: share of pictures with every claim right"
+        return prompts, *shapes_judge()
     if judge is None:
         raise ValueError("prompts of your own need --judge CHECKPOINT, whose CLIP judges what the other one ranks")
+    score, judged_by = clip_judge(judge, checkpoint)
+    return read_prompts(None, Path(prompts_from))[:num_prompts], score, judged_by
+
+
+def clip_judge(judge: str, checkpoint: str) -> tuple[Judge, str]:
+    """The CLIP of another checkpoint as judge, and its name; ValueError where there is none or it is the same one."""
     bundle = load_bundle(judge, process_state().device)
     if bundle.clip is None:
         raise ValueError(f"judge {judge!r} has no CLIP: give a checkpoint that has one")
@@ -103,7 +103,12 @@ def _prompts_and_judge(
         scores: list[float] = rank_pictures(clip, tokenizer, _squares(pictures, clip.image_size), prompt).tolist()
         return scores
 
-    return read_prompts(None, Path(prompts_from))[:num_prompts], score, f"mean CLIP score by {judge}"
+    return score, f"mean CLIP score by {judge}"
+
+
+def shapes_judge() -> tuple[Judge, str]:
+    """The checker of made scenes as judge, and its name."""
+    return _checker, "the checker of shapes: share of pictures with every claim right"
 
 
 def _checker(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
@@ -114,26 +119,6 @@ def _squares(pictures: Sequence[Image.Image], size: int) -> Tensor:
     """Pictures as (n, 3, size, size) float in [0, 1]."""
     arrays = [np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-
-
-def _draw(
-    model: TextToImage, prompts: Sequence[str], candidates: int, seed: int
-) -> Iterator[tuple[str, list[RankedPicture]]]:
-    """Each prompt with its candidates in the order of their numbers, many prompts to a batch."""
-    num_tokens = model.dalle.stream.num_image_tokens
-    at_once = max(1, _PICTURES_AT_ONCE // candidates)
-    with progress_bar(len(prompts) * candidates * num_tokens) as progress:
-        for first in range(0, len(prompts), at_once):
-            part = prompts[first : first + at_once]
-            jobs = [(prompt, candidate) for prompt in range(len(part)) for candidate in range(candidates)]
-            before = first * candidates * num_tokens
-
-            def advance(done: int, _: int, before: int = before) -> None:
-                progress(before + done, 0)
-
-            pictures = model.draw_jobs(part, jobs, seed, progress=advance)
-            for index, prompt in enumerate(part):
-                yield prompt, pictures[index * candidates : (index + 1) * candidates]
 
 
 def load_matplotlib() -> Any:
@@ -149,17 +134,10 @@ def _plot(figures: Any, curves: dict[str, list[CurvePoint]], facts: dict[str, An
     """Draws the curves with their intervals over a logarithmic N."""
     figure = figures.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    labels = {
-        "clip": "best by CLIP",
-        "log_ratio": "best by log-likelihood ratio",
-        "reading": "best by reading the caption",
-        "rank": "best by rank, all together",
-        "oracle": "best by the judge itself",
-    }
     for name, points in curves.items():
         sizes = [point.size for point in points]
         (line,) = axes.plot(
-            sizes, [point.mean for point in points], "--" if name == "oracle" else "o-", label=labels[name]
+            sizes, [point.mean for point in points], "--" if name == "oracle" else "o-", label=RANKERS[name]
         )
         lows, highs = [point.low for point in points], [point.high for point in points]
         axes.fill_between(sizes, lows, highs, color=line.get_color(), alpha=0.15)

@@ -37,6 +37,14 @@ class StageName(enum.StrEnum):
     vqgan = "vqgan"
 
 
+class TrackerName(enum.StrEnum):
+    """An experiment tracker."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    trackio = "trackio"
+
+
 def train(
     data: Annotated[
         str, typer.Option(help="Folder, file, tar shards, Hugging Face dataset, or a made source (shapes, emoji).")
@@ -60,6 +68,10 @@ def train(
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Wall-clock time for the whole run: 90s, 25m, 1h30m. Replaces the steps.")
+    ] = None,
+    track: Annotated[
+        list[TrackerName] | None,
+        typer.Option(help="Send metrics and sample sheets to this tracker, too; may be given several times."),
     ] = None,
 ) -> None:
     """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated.
@@ -92,6 +104,7 @@ def train(
             already_sec=process_age_sec(),
             reasons=reasons,
             accelerator=accelerator,
+            track=track or (),
         )
     except KeyboardInterrupt:
         _say_stopped(accelerator.is_main_process, out)

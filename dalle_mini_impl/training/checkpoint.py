@@ -48,6 +48,11 @@ class StateFolder:
         """Whether there is a state to resume from."""
         return self.index_path.is_file()
 
+    @property
+    def step(self) -> int:
+        """Steps that are done in the newest state, 0 where there is none."""
+        return int(self._entries()[-1]["step"]) if self.started else 0
+
     def save(self, state: dict[str, Any]) -> None:
         """Adds a state; state["step"] is the number of steps that are done, state["best_file"] its best weights."""
         path = self.folder / f"step-{state['step']:08d}.pt"

@@ -319,6 +319,7 @@ class StageTrainer:
                     self.state.save_best(self.best_file, model.state_dict())
         line = {"stage": self.task.stage, "step": self.step, "time_sec": round(self._elapsed(), 3), "evaluation": True}
         self.log.write({**line, **values})
+        self.log.sheet(self.task.stage, self.step, self.samples / f"{self.task.stage}-{self.step:06d}.png")
         numbers = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         reporter.say(f"step {self.step}/{self.plan.total_steps or '?'}: {numbers}")
         self._save()

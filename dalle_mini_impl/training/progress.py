@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +21,9 @@ from torch import Tensor
 from dalle_mini_impl.files import naming, write_json_lines
 from dalle_mini_impl.training.budget import format_duration
 
+if TYPE_CHECKING:
+    from dalle_mini_impl.training.tracking import Tracking
+
 logger = logging.getLogger("dalle_mini_impl.training")
 
 LINE_EVERY_SEC = 20.0
@@ -30,12 +33,13 @@ LINE_EVERY_SEC = 20.0
 class MetricsLog:
     """`metrics.jsonl`: one object a line, with at least "stage", "step" and "time_sec".
 
-    enabled: False on all processes but the first, where every method does nothing.
+    enabled: False on all processes but the first, where every method does nothing. tracking: gets the same lines.
     """
 
-    def __init__(self, path: Path, enabled: bool = True) -> None:
+    def __init__(self, path: Path, enabled: bool = True, tracking: Tracking | None = None) -> None:
         self.path = path
         self.enabled = enabled
+        self.tracking = tracking
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Appends one line."""
@@ -44,14 +48,25 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        if self.tracking is not None:
+            self.tracking.log(values)
+
+    def sheet(self, stage: str, step: int, path: Path) -> None:
+        """Tells that an evaluation may have written a sheet of pictures; files need no word of it, trackers do."""
+        if self.enabled and self.tracking is not None and path.is_file():
+            self.tracking.log_sheet(stage, step, path)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the lines of a stage after a step, and a half-written last line: they are about to be made again."""
         if not self.enabled or not self.path.is_file():
             return
-        kept = [line for line in map(_parse, self.path.read_text(encoding="utf-8").splitlines()) if line is not None]
-        kept = [line for line in kept if line["stage"] != stage or line["step"] <= step]
+        kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
         write_json_lines(self.path, kept)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; what isn't one, like the last line of a killed run, is left out."""
+    return [line for line in map(_parse, path.read_text(encoding="utf-8").splitlines()) if line is not None]
 
 
 @dataclass

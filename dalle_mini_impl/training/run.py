@@ -7,7 +7,7 @@ runs/NAME/
   state/STAGE/       resumable state, and a mark when the stage is finished
   checkpoint/        the model so far: what --checkpoint and --init-from take
   samples/           reconstructions and sample sheets of each evaluation
-  metrics.jsonl
+  metrics.jsonl      tensorboard/ the same for TensorBoard, where it was asked for
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+from dalle_mini_impl.training.tracking import Tracking, build_trackers, check_trackers, new_run_id
 from dalle_mini_impl.training.vqgan import VQGANTask
 from dalle_mini_impl.vae.discriminator import PatchDiscriminator
 
@@ -95,21 +96,26 @@ def train(
     already_sec: float = 0.0,
     reasons: Sequence[str] = (),
     accelerator: Accelerator | None = None,
+    track: Sequence[str] = (),
 ) -> bool:
     """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
 
     data_spec: anything `open_source` takes. stages: default those that the recipe asks for. init_from: a checkpoint
     whose tokenizer, architecture and weights the run starts from. budget_sec: wall-clock limit for everything from now
     on, of which already_sec have passed; a resumed run that is given none keeps to what is left of its own. reasons:
-    lines on why the recipe is as it is, to be kept.
+    lines on why the recipe is as it is, to be kept. track: experiment trackers that get all metrics, too, see
+    `tracking.TRACKERS`; those of the accelerator (log_with) are served as well.
     Raises KeyboardInterrupt where a signal came outside of a stage's steps, when nothing was lost that wouldn't be made
     again, and ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
+    check_trackers(track)
     with StopSignal() as stop:
         try:
             run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop, reasons)
             todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
             run.begin(Budget(budget_sec, already_sec=already_sec), resume)
+            if todo:
+                run.start_tracking(track, todo[0])
             run.prepare()
             return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
         except RuntimeError as error:
@@ -168,11 +174,13 @@ class Run:
         self.out, self.data_spec, self.accelerator, self.stop = out, data_spec, accelerator, stop
         self.is_main: bool = accelerator.is_main_process
         self.states = {stage: StateFolder(out / "state" / stage) for stage in stage_order(recipe)}
-        self.log = MetricsLog(out / "metrics.jsonl", self.is_main)
+        self.tracking = Tracking(accelerator)
+        self.log = MetricsLog(out / "metrics.jsonl", self.is_main, self.tracking)
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
         if self._note_path.is_file():
             self._note = read_json(self._note_path, f"delete {out}, or choose another --out")
+        self._tracking_id: str | None = self._note.get("tracking_id")
         self._reasons = list(reasons) or self._note.get("reasons", [])
         self._init_from = init_from if init_from is not None else self._note.get("init_from")
         initial = out / "initial"
@@ -204,6 +212,21 @@ class Run:
         if resume and budget.total_sec is None and noted is not None:
             budget = Budget(noted["total_sec"], already_sec=noted["used_sec"] + budget.elapsed_sec())
         self.budget = budget
+
+    def start_tracking(self, names: Sequence[str], stage: Stage) -> None:
+        """Starts the trackers that were asked for, before anything is read or trained; stage: the first to train."""
+        known = self._tracking_id
+        if names:
+            self._tracking_id = known or new_run_id()
+            first_step = self._steps_before(stage) + self.states[stage].step
+            self.accelerator.log_with += build_trackers(names, self.out, self._tracking_id, first_step)
+        if self.accelerator.log_with:
+            self.tracking.start(None if known else self.recipe.model_dump(mode="json"))
+
+    def _steps_before(self, stage: Stage) -> int:
+        """Steps of the run that came before a stage's first: those of the other stages that are finished."""
+        others = (state for name, state in self.states.items() if name != stage and state.finished)
+        return sum(int(state.summary()["steps"]) for state in others)
 
     def prepare(self) -> None:
         """Pictures, captions, tokenizer and the models that there are; the main process first."""
@@ -268,6 +291,7 @@ class Run:
             "data": self.data_spec,
             "init_from": self._init_from,
             "data_fingerprint": self.data.fingerprint,
+            "tracking_id": self._tracking_id,
             "budget": budget.total_sec and {"total_sec": budget.total_sec, "used_sec": budget.elapsed_sec()},
         }
         if self.is_main:
@@ -417,6 +441,7 @@ class Run:
     def train_stage(self, stage: Stage, remaining: Sequence[Stage]) -> bool:
         """Trains the first of the remaining stages and puts it into the checkpoint; False when a signal stopped it."""
         task, state = self.task(stage), self.states[stage]
+        self.tracking.offset = self._steps_before(stage)
         shares: dict[str, float] = {name: getattr(self.recipe.train, name).budget_share for name in remaining}
         trainer = StageTrainer(
             task,

@@ -1,0 +1,118 @@
+"""Pictures drawn for captions of the data, and what ranking them is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dalle_mini_impl.data.prepare import PreparedData
+from dalle_mini_impl.pipeline import RankedPicture, TextToImage
+from dalle_mini_impl.rerank import CurvePoint, FloatArray, best_of_n_curve
+from dalle_mini_impl.text import normalize_caption
+
+_PICTURES_AT_ONCE = 256
+
+RANKERS = {
+    "clip": "best by CLIP",
+    "log_ratio": "best by log-likelihood ratio",
+    "reading": "best by reading the caption",
+    "likelihood": "best by likelihood",
+    "rank": "best by rank, all together",
+    "oracle": "best by the judge itself",
+}
+"""Curves of `ranker_curves`, in words."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The first caption of picture `index` of the data; from_training: whether that is a training picture."""
+
+    text: str
+    index: int
+    from_training: bool
+
+
+def choose_prompts(data: PreparedData, number: int, seed: int = 0) -> list[Prompt]:
+    """At most `number` different captions: training and held-out ones in turn, as many of each.
+
+    Where nothing is held out with a caption, all are of training pictures.
+    """
+    rng = np.random.default_rng(seed)
+    seen: set[str] = set()
+
+    def some(
+        indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]], wanted: int, from_training: bool
+    ) -> list[Prompt]:
+        found: list[Prompt] = []
+        for index in rng.permutation(indices):
+            if len(found) == wanted:
+                break
+            captions = data.captions[index]
+            if captions and (key := normalize_caption(captions[0])) not in seen:
+                seen.add(key)
+                found.append(Prompt(captions[0], int(index), from_training))
+        return found
+
+    held_out = some(data.validation, number // 2, False)
+    training = some(data.train, len(held_out) or number, True)
+    if not held_out:
+        return training
+    return [prompt for pair in zip(training, held_out, strict=False) for prompt in pair]
+
+
+def draw_candidates(
+    model: TextToImage,
+    prompts: Sequence[str],
+    candidates: int,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[tuple[str, list[RankedPicture]]]:
+    """Each prompt with its candidates in the order of their numbers, many prompts to a batch.
+
+    progress: called with the image tokens drawn so far.
+    """
+    num_tokens = model.dalle.stream.num_image_tokens
+    at_once = max(1, _PICTURES_AT_ONCE // candidates)
+    for first in range(0, len(prompts), at_once):
+        part = prompts[first : first + at_once]
+        jobs = [(prompt, candidate) for prompt in range(len(part)) for candidate in range(candidates)]
+        before = first * candidates * num_tokens
+
+        def advance(done: int, _: int, before: int = before) -> None:
+            progress(before + done)
+
+        pictures = model.draw_jobs(part, jobs, seed, progress=advance)
+        for index, prompt in enumerate(part):
+            yield prompt, pictures[index * candidates : (index + 1) * candidates]
+
+
+def scores_of(pictures: Sequence[RankedPicture]) -> dict[str, list[float | None]]:
+    """What each ranker says of one prompt's pictures, by the keys of RANKERS."""
+    return {
+        "clip": [picture.clip_score for picture in pictures],
+        "log_ratio": [picture.log_ratio for picture in pictures],
+        "reading": [picture.read_score for picture in pictures],
+        "likelihood": [picture.log_likelihood for picture in pictures],
+        "rank": [picture.score for picture in pictures],
+    }
+
+
+def ranker_curves(
+    scores: Sequence[Mapping[str, Sequence[float | None]]],
+    quality: Sequence[Sequence[float]],
+    rankers: Sequence[str],
+    seed: int = 0,
+) -> dict[str, list[CurvePoint]]:
+    """Best-of-N curves of rankers (keys of RANKERS), of those that have scored all pictures.
+
+    scores: `scores_of` each prompt's pictures; quality: what the judge says of them, who is the ranker "oracle", too.
+    """
+    judged: FloatArray = np.array(quality, dtype=np.float64)
+    curves = {}
+    for name in rankers:
+        rows = quality if name == "oracle" else [of_prompt[name] for of_prompt in scores]
+        if not any(value is None for row in rows for value in row):
+            curves[name] = best_of_n_curve(np.array(rows, dtype=np.float64), judged, seed=seed)
+    return curves

@@ -1,0 +1,113 @@
+"""What the files of a run say of it, finished or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.training.checkpoint import StateFolder
+from dalle_mini_impl.training.progress import read_metrics
+from dalle_mini_impl.training.run import ORDER, asked_for, stage_order
+
+Progress = Literal["finished", "not finished", "not begun"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """One stage: its lines of metrics.jsonl, sorted, and the sheets of pictures of its evaluations.
+
+    summary: what was noted when the stage finished, {} before. sheets: (step, PNG), by step.
+    """
+
+    stage: Stage
+    progress: Progress
+    training: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    summary: Mapping[str, Any]
+    sheets: list[tuple[int, Path]]
+
+    @property
+    def steps(self) -> int:
+        """Steps that are done, as far as the files tell."""
+        lines = [*self.training, *self.evaluations]
+        return int(self.summary.get("steps", max((line["step"] for line in lines), default=0)))
+
+    @property
+    def train_sec(self) -> float:
+        """Seconds of training, over all resumes."""
+        lines = [*self.training, *self.evaluations]
+        return float(self.summary.get("train_sec", max((line.get("time_sec", 0.0) for line in lines), default=0.0)))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradient was not finite."""
+        noted = [line["skipped_steps"] for line in self.training if "skipped_steps" in line]
+        return int(self.summary.get("skipped_steps", max(noted, default=0)))
+
+    def curve(self, name: str, part: Literal["training", "evaluations"] = "training") -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was logged."""
+        lines = [line for line in getattr(self, part) if isinstance(line.get(name), int | float)]
+        return [line["step"] for line in lines], [float(line[name]) for line in lines]
+
+    def last(self, name: str) -> float | None:
+        """A metric of the kept weights, else of the last evaluation; None where it was never measured."""
+        if name in self.summary:
+            return float(self.summary[name])
+        _, values = self.curve(name, "evaluations")
+        return values[-1] if values else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run's folder, read."""
+
+    folder: Path
+    note: Mapping[str, Any]
+    recipe: Recipe
+    data_report: Mapping[str, Any] | None
+    stages: dict[Stage, StageRecord]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all stages are."""
+        return all(stage.progress == "finished" for stage in self.stages.values())
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Reads a run's folder. Raises ValueError where it is none, or of a version whose recipe this one can't read."""
+    note_path = folder / "run.json"
+    if not note_path.is_file():
+        raise ValueError(f"{folder} holds no run (no run.json): give the folder that train.py --out was given")
+    note = json.loads(note_path.read_text(encoding="utf-8"))
+    metrics = folder / "metrics.jsonl"
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    report = folder / "data-report.json"
+    recipe = Recipe.parse(note["recipe"], where=f"{note_path}: recipe")
+    begun = {line["stage"] for line in lines}
+    stages = [stage for stage in stage_order(recipe) if stage in (*ORDER, *asked_for(recipe), *begun)]
+    return RunRecord(
+        folder=folder,
+        note=note,
+        recipe=recipe,
+        data_report=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
+        stages={stage: _stage(folder, stage, [line for line in lines if line["stage"] == stage]) for stage in stages},
+    )
+
+
+def _stage(folder: Path, stage: Stage, lines: list[dict[str, Any]]) -> StageRecord:
+    lines = sorted(lines, key=lambda line: int(line["step"]))
+    state = StateFolder(folder / "state" / stage)
+    progress: Progress = "finished" if state.finished else "not finished" if lines or state.started else "not begun"
+    sheets = [(int(path.stem.rpartition("-")[2]), path) for path in (folder / "samples").glob(f"{stage}-[0-9]*.png")]
+    return StageRecord(
+        stage=stage,
+        progress=progress,
+        training=[line for line in lines if "evaluation" not in line and "skipped" not in line],
+        evaluations=[line for line in lines if "evaluation" in line],
+        summary=state.summary() if state.finished else {},
+        sheets=sorted(sheets),
+    )

@@ -1,0 +1,338 @@
+"""``dalle-mini report``: a page that stands alone, says what is missing, and finds what was learnt by heart."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.cli.app import main
+from dalle_mini_impl.data.prepare import PreparedData
+from dalle_mini_impl.data.scenes import render
+from dalle_mini_impl.data.shapes import ShapesSource
+from dalle_mini_impl.report.drawing import choose_prompts
+from dalle_mini_impl.report.elements import tag, to_html
+from dalle_mini_impl.report.measure import flat_psnr
+from dalle_mini_impl.report.memorisation import (
+    Audit,
+    Ruler,
+    audit,
+    chance_interval,
+    clip_ruler,
+    nearest,
+    pixel_ruler,
+    share_of,
+)
+from dalle_mini_impl.report.records import read_run
+from dalle_mini_impl.report.svg import Level, Line, line_chart, thinned, ticks
+from dalle_mini_impl.training.run import train
+from tests.test_training_tracking import recipe
+from tests.tiny import tiny_bundle
+
+SECTIONS = (
+    "curves",
+    "reconstructions",
+    "samples",
+    "neighbours",
+    "memorisation",
+    "best-of-n",
+    "codebook",
+    "data",
+    "time",
+    "settings",
+)
+VOID = {"meta", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """Reads a page strictly: what is opened is closed, in order; notes addresses, ids and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == [], "not all is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        assert len(values) == len(attrs), f"an attribute of {tag} is there twice"
+        self.ids += [value for value in [values.get("id")] if value]
+        self.addresses += [value for key in ("src", "href", "srcset", "action") if (value := values.get(key))]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "<mine> & yours"
+    assert train(recipe("data.image_size=32"), "shapes:count=200", out)
+    return out
+
+
+def report(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *map(str, arguments)])
+    return stopped.value.code if isinstance(stopped.value.code, int) else 0
+
+
+def read(path: Path) -> Page:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    page = Page(text)
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
+    assert not re.search(r"(https?:)?//[a-z]|@import|url\(", re.sub(r"data:image/png;base64,[\w+/=]+", "", text))
+    assert "script" not in page.tags and "link" not in page.tags
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(f"#{name}" in page.addresses for name in SECTIONS)
+    return page
+
+
+def test_a_finished_run_fills_every_section(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(finished, "--samples", "8", "--candidates", "3") == 0
+    assert "pixels:" in capsys.readouterr().out
+    page = read(finished / "report.html")
+    assert "Not here yet" not in page.text
+    assert "<mine> & yours" in page.text
+    for words in (
+        f"chance, ln B: {math.log(10):.3g}",
+        f"knows nothing, ln V: {math.log(32):.3g}",
+        "knows how frequent each code is",
+        "a flat colour a token",
+        "all codes: 32",
+        "chance: 50 %",
+        "control: real held-out pictures",
+        "24 samples between",
+        "the checker of shapes",
+        "● train.vae.batch_size",
+        "all stages are finished",
+    ):
+        assert words in page.text, words
+    assert page.text.count("after 4 steps") >= 2 and page.text.count("after 2 steps") >= 2
+    assert page.tags.count("img") == 4 + 3 * 8
+
+
+def test_the_figures_are_the_files_own(finished: Path) -> None:
+    record = read_run(finished)
+    assert record.is_finished and [stage.steps for stage in record.stages.values()] == [4, 4, 4]
+    vae = record.stages["vae"]
+    steps, values = vae.curve("psnr", "evaluations")
+    assert steps == [2, 4] and vae.last("psnr") in [pytest.approx(value, abs=1e-5) for value in values]
+    assert [step for step, _ in vae.sheets] == [2, 4]
+    data = PreparedData.open(finished / "data")
+    images = data.images(data.validation)
+    flat = images.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(4, 5)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    errors = (images - flat).square().mean(dim=(1, 2, 3))
+    assert flat_psnr(data, 4) == pytest.approx((-10 * errors.log10()).mean().item(), rel=1e-4)
+
+
+def test_stages_that_not_every_run_has_have_their_curves(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    quick = [f"train.{stage}.{value}" for stage in ("prior", "vqgan") for value in ("steps=4", "batch_size=8")]
+    wanted = recipe("dalle.image_prefix=2", "vqgan.alone_steps=1", *quick)
+    assert train(wanted, "shapes:count=60", out)
+    assert train(wanted, "shapes:count=60", out, stages=["vqgan"])
+    assert list(read_run(out).stages) == ["vae", "clip", "prior", "dalle", "vqgan"]
+    assert report(out, "--samples", "4", "--candidates", "1") == 0
+    text = read(out / "report.html").text
+    assert "Prior of unCLIP" in text and "Adversarial training" in text and "Fréchet distance" in text
+
+
+def test_an_unfinished_run_has_a_page_with_what_there_is(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "report.html").unlink(missing_ok=True)
+    for name in ("state/clip", "state/dalle", "cache"):
+        shutil.rmtree(out / name)
+    for name in ("clip", "dalle"):
+        (out / "checkpoint" / f"{name}.safetensors").unlink()
+    lines = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"dalle"' not in line]
+    half = '{"stage": "clip", "step": 4, "ti'
+    (out / "metrics.jsonl").write_text("\n".join([*lines, half]))
+    page_path = tmp_path / "pages" / "page.html"
+    assert report(out, "--out", page_path) == 0
+    page = read(page_path)
+    assert not (out / "report.html").exists(), "--out is where it goes, and nowhere else"
+    assert "CLIP not finished (4 steps so far), DALL·E not begun" in page.text
+    assert page.text.count("Not here yet: DALL·E is not trained yet.") == 3
+    assert "Not here yet: The id cache is not made yet" in page.text
+    assert "Not here yet: this stage has not begun." in page.text
+    shutil.rmtree(out / "checkpoint")
+    shutil.rmtree(out / "data")
+    (out / "metrics.jsonl").unlink()
+    (out / "data-report.json").unlink()
+    assert report(out, "--out", tmp_path / "pages") == 0
+    assert "the pictures are not read yet" in read(tmp_path / "pages" / "report.html").text
+
+
+def test_without_a_checker_the_own_clip_judges_the_other_rankers(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    known = json.loads((out / "data-report.json").read_text())
+    (out / "data-report.json").write_text(json.dumps(known | {"kind": "pairs"}))
+    assert report(out, "--samples", "6", "--candidates", "2") == 0
+    text = read(out / "report.html").text
+    assert "Judged by the run's own CLIP" in text
+    assert "best by likelihood" in text and "best by CLIP" not in text
+    assert report(out, "--judge", "emoji", "--samples", "4", "--candidates", "2") == 0
+    assert "mean CLIP score by emoji" in read(out / "report.html").text
+
+
+def test_what_cant_be_done_is_told(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert report(tmp_path) == 2
+    assert "holds no run (no run.json)" in capfd.readouterr().err
+    assert report(finished, "--judge", "emoji") == 2
+    assert "leave out --judge" in capfd.readouterr().err
+    out = shutil.copytree(finished, tmp_path / "run")
+    (out / "checkpoint" / "clip.safetensors").unlink()
+    assert report(out, "--distance", "clip") == 2
+    assert "needs a CLIP" in capfd.readouterr().err
+    assert report(finished, "--samples", "0", "--out", tmp_path / "none.html") == 0
+    assert read(tmp_path / "none.html").text.count("ask for samples with --samples") == 3
+    assert report(finished, "--samples", "4", "--candidates", "1", "--out", tmp_path / "one.html") == 0
+    assert "raise --candidates" in read(tmp_path / "one.html").text
+
+
+def scenes(start: int, count: int) -> Tensor:
+    source = ShapesSource(count=start + count, image_size=32)
+    arrays = [np.asarray(render(source.scene(index)[0], 32)) for index in range(start, start + count)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def audited(
+    ruler: Ruler,
+    samples: Tensor,
+    prompts: Sequence[int],
+    from_training: Sequence[bool],
+    training: Tensor,
+    held_out: Tensor,
+    **options: Any,
+) -> Audit:
+    """The audit between pictures instead of their features."""
+    sides = (ruler.features(training), ruler.features(held_out))
+    return audit(ruler, samples, prompts, from_training, *sides, **options)
+
+
+def test_the_audit_finds_copies_and_clears_what_is_drawn_anew() -> None:
+    training, held_out, fresh = scenes(0, 150), scenes(150, 150), scenes(300, 200)
+    noise = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.03
+    copies = (training[:40] + noise).clamp(0, 1)
+    sides = [index % 2 == 0 for index in range(40)]
+    copied = audited(pixel_ruler(), copies, range(40), sides, training, held_out, control=fresh)
+    assert copied.samples.mean > 0.97 and copied.samples.low > 0.9 and copied.num_references == 150
+    anew = audited(pixel_ruler(), fresh, range(200), [index % 2 == 0 for index in range(200)], training, held_out)
+    assert anew.samples.chance is not None and copied.samples.chance is not None
+    low, high = anew.samples.chance
+    assert 0.35 < low < anew.samples.mean < high < 0.65
+    assert copied.samples.mean > copied.samples.chance[1]
+    assert anew.control is None and copied.control is not None and abs(copied.control.mean - 0.5) < 0.12
+    swapped = audited(pixel_ruler(), copies, range(40), sides, held_out, training)
+    assert swapped.samples.mean == pytest.approx(1 - copied.samples.mean)
+
+
+def test_copies_are_found_by_clip_and_mirrored_too() -> None:
+    bundle = tiny_bundle("data.image_size=32")
+    assert bundle.clip is not None
+    training, held_out = scenes(0, 30), scenes(30, 30)
+    sides = [index % 2 == 0 for index in range(30)]
+    ruler = clip_ruler(bundle.clip)
+    assert audited(ruler, training, range(30), sides, training, held_out).samples.mean == 1.0
+    mirrored = training.flip(-1)
+    assert audited(pixel_ruler(), mirrored, range(30), sides, training, held_out).samples.mean < 0.9
+    found = audited(pixel_ruler(), mirrored, range(30), sides, training, held_out, mirrored=True)
+    assert found.samples.mean == 1.0
+
+
+def test_sides_of_different_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 training and 4 held-out pictures: compare with as many"):
+        audited(pixel_ruler(), scenes(0, 2), [0, 1], [True, False], scenes(2, 5), scenes(7, 4))
+
+
+def test_ties_count_half_and_prompts_vary_together() -> None:
+    same = scenes(0, 10)
+    tied = audited(pixel_ruler(), scenes(20, 6), [0, 0, 1, 1, 2, 2], [True] * 2 + [False] * 4, same, same)
+    assert tied.samples.mean == 0.5 and tied.samples.low == tied.samples.high == 0.5
+    hits = np.array([1.0] * 8 + [0.0] * 8)
+    apart, together = share_of(hits, range(16)), share_of(hits, [0] * 8 + [1] * 8)
+    assert apart.mean == together.mean == 0.5
+    assert together.high - together.low > apart.high - apart.low
+
+
+def test_chance_is_wider_where_samples_share_a_nearest_picture() -> None:
+    apart = chance_interval(np.arange(100), 1000)
+    together = chance_interval(np.arange(100) // 10, 1000)
+    assert abs(sum(apart) / 2 - 0.5) < 0.03 and abs(sum(together) / 2 - 0.5) < 0.05
+    assert apart[1] - 0.5 == pytest.approx(1.96 * 0.05, abs=0.03), "a hundred tosses of a coin"
+    assert together[1] - 0.5 == pytest.approx(1.96 * 0.158, abs=0.06), "ten tosses"
+
+
+def test_the_nearest_is_that_of_comparing_all() -> None:
+    generator = torch.Generator().manual_seed(1)
+    queries, references = torch.randn(7, 5, generator=generator), torch.randn(50, 5, generator=generator)
+    numbers = np.arange(100, 150)
+    parts = [(numbers[start : start + 8], references[start : start + 8]) for start in range(0, 50, 8)]
+    distance, index = nearest(queries, iter(parts))
+    for row, query in enumerate(queries):
+        distances = (references - query).norm(dim=1)
+        assert index[row] == 100 + int(distances.argmin())
+        assert distance[row].item() == pytest.approx(distances.min().item(), rel=1e-5)
+
+
+def test_as_many_captions_come_from_either_side(finished: Path) -> None:
+    data = PreparedData.open(finished / "data")
+    prompts = choose_prompts(data, 10)
+    assert [prompt.from_training for prompt in prompts] == [True, False] * 5
+    assert all((prompt.index in data.train) is prompt.from_training for prompt in prompts)
+    assert len({prompt.text for prompt in prompts}) == 10
+    assert len(choose_prompts(data, 1000)) == 2 * len(data.validation), "no more than there are held-out captions"
+    assert choose_prompts(data, 0) == []
+
+
+def test_captions_cant_break_the_page() -> None:
+    evil = '<script>alert("1")</script> & "quoted" \x00 </p>'
+    text = to_html(tag("html", tag("body", tag("p", evil, title=evil), tag("img", alt=evil))))
+    page = Page(text)
+    assert "script" not in page.tags and page.tags == ["html", "body", "p", "img"]
+    assert '<script>alert("1")</script> & "quoted"' in page.text and "\x00" not in text
+
+
+def test_charts_show_every_line_and_level() -> None:
+    lines = [
+        Line(label="training", xs=range(5000), ys=[1e6, *[1.0] * 4999], pale=True),
+        Line(label="validation", xs=[0, 10], ys=[2.0, float("nan")]),
+        Line(label="empty", xs=[], ys=[]),
+    ]
+    chart = line_chart(lines, x_label="steps", y_label="nats", levels=[Level("floor", 3.0), Level("chance", 3.01)])
+    text = to_html(chart)
+    assert text.count("<polyline") == 2 and text.count("<circle") == 1 and "nan" not in text
+    assert "floor: 3" in text and "chance: 3.01" in text and "empty" not in text
+    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:floor|chance)', text)] or [
+        float(element.get("y", "nan")) for element in chart.iter("text") if element.get("class") == "level-name"
+    ]
+    assert len(heights) == 2 and abs(heights[0] - heights[1]) > 15, "names of near levels stand apart"
+    assert len(thinned(lines[0]).xs) <= 600
+    assert ticks(0.0, 6.24) == [0.0, 2.0, 4.0, 6.0, 8.0] and ticks(15.2, 32.1) == [15.0, 20.0, 25.0, 30.0, 35.0]
