@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Stage = Literal["clip", "vae", "dalle", "prior"]
+Stage = Literal["clip", "vae", "dalle", "prior", "upscale"]
 STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
 """What every recipe trains."""
-OPTIONAL_STAGES: tuple[Stage, ...] = ("prior",)
+OPTIONAL_STAGES: tuple[Stage, ...] = ("prior", "upscale")
 """What it trains where it asks for it."""
 View = Literal["plain", "flip"]
 
@@ -225,6 +225,19 @@ class PriorConfig(Section):
         return self
 
 
+class UpscaleConfig(Section):
+    """A second decoder, which draws the VAE's ids at twice the size; its loss is the VAE's mixed one."""
+
+    factor: Literal[1, 2] = 1
+    """2: train one, on pictures that are prepared once more at 2 × data.image_size; 1: none."""
+    width: Positive = 48
+    """Channels right before the head."""
+    latent_width: Positive = 128
+    """Channels at the grid's resolution."""
+    blocks: Positive = 2
+    """Residual blocks a level."""
+
+
 class StageConfig(Section):
     """How one stage is trained."""
 
@@ -267,6 +280,7 @@ class TrainConfig(Section):
     vae: StageConfig = StageConfig(steps=4000, budget_share=0.3, batch_size=32)
     dalle: StageConfig = StageConfig(steps=4000, budget_share=0.56, batch_size=64)
     prior: StageConfig = StageConfig(steps=3000, budget_share=0.12, batch_size=128)
+    upscale: StageConfig = StageConfig(steps=3000, budget_share=0.2, batch_size=16)
 
 
 class SamplingConfig(Section):
@@ -288,6 +302,8 @@ class SamplingConfig(Section):
     """cosine rises later in the grid where this is above 1."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of weights and cache while drawing; auto is bf16 where the device computes in it, else fp32."""
+    upscale: bool = False
+    """Draw pictures at twice the size, with a checkpoint that has an upscaler."""
     unclip: bool = True
     """Draw by way of a picture embedding, where the checkpoint has a prior to draw one from the prompt."""
     prior_draws: Annotated[int, Field(ge=1, le=64)] = 2
@@ -310,6 +326,7 @@ class Recipe(Section):
     clip: CLIPConfig = CLIPConfig()
     dalle: DALLEConfig = DALLEConfig()
     prior: PriorConfig = PriorConfig()
+    upscale: UpscaleConfig = UpscaleConfig()
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
 

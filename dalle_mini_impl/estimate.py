@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
-from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_vae
+from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_upscaler, build_vae
 from dalle_mini_impl.stream import NUM_SPECIAL, Stream
 
 _FP32, _BF16 = 4, 2
@@ -96,6 +96,10 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
             vector, bucket = torch.zeros(1, recipe.clip.embed_dim), torch.zeros(1, dtype=torch.long)
             codes = torch.zeros(1, prior.codec.num_dims, dtype=torch.long)
         passes["prior"] = prior, lambda: prior(text, vector, bucket, codes)
+    if recipe.upscale.factor > 1:
+        with torch.device("meta"):
+            upscaler = build_upscaler(recipe, vae)
+        passes["upscale"] = upscaler, lambda: upscaler(latents)
     trained = [stage for stage in (*STAGES, *OPTIONAL_STAGES) if stage in passes]
     stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in trained}
     config, tokens = recipe.dalle, stream.num_inputs

@@ -120,6 +120,11 @@ class TextToImage:
             raise ValueError("; ".join(problems)) from None
         if given.get("unclip") and not has_prior(self.bundle):
             raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no prior to draw by: leave unclip out")
+        if settings.upscale and self.bundle.upscale is None:
+            raise ValueError(
+                f"checkpoint {self.bundle.recipe.name!r} has no upscaler: train one with upscale.factor=2, or leave "
+                "upscale out"
+            )
         precision = resolve_precision(settings.precision, self.dalle.image_head.weight.device)
         return settings.model_copy(update={"precision": precision})
 
@@ -250,7 +255,8 @@ class TextToImage:
                 met = encode_pictures(embedding_clip(self.bundle), images) * embeddings[part].cpu()
                 clip, read = met.sum(dim=1).tolist(), [None] * len(texts)
             ratios, likelihoods = samples.log_ratio[part].tolist(), samples.log_likelihood[part].tolist()
-            for index, image in enumerate(to_pil(images)):
+            shown = self.upscale(samples.ids[part]) if settings.upscale else images
+            for index, image in enumerate(to_pil(shown)):
                 prompt, candidate = jobs[first + index]
                 pictures.append(
                     RankedPicture(
@@ -370,6 +376,13 @@ class TextToImage:
     def decode(self, ids: Tensor) -> Tensor:
         """Pictures (n, 3, S, S) in [0, 1] from image ids (n, N), all at once."""
         return self.vae.decode(ids.to(next(self.vae.parameters()).device))
+
+    @torch.no_grad()
+    def upscale(self, ids: Tensor) -> Tensor:
+        """Pictures (n, 3, 2S, 2S) in [0, 1] from image ids (n, N); ValueError for a checkpoint without an upscaler."""
+        if self.bundle.upscale is None:
+            raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no upscaler: train one with upscale.factor=2")
+        return self.bundle.upscale.decode(ids.to(next(self.vae.parameters()).device), self.vae)
 
     def _score(self, clip_score: float | None, read_score: float | None, log_likelihood: float) -> float:
         score = LIKELIHOOD_WEIGHT * log_likelihood

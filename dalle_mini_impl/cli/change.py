@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from dalle_mini_impl.cli.by_embedding import BatchSize, Candidates, Checkpoint, Guidance, Out, Prompt, Seed, Temperature
+from dalle_mini_impl.cli.by_embedding import (
+    BatchSize,
+    Candidates,
+    Checkpoint,
+    Guidance,
+    Out,
+    Prompt,
+    Seed,
+    Temperature,
+    Upscale,
+)
 
 
 def change(
@@ -24,6 +34,7 @@ def change(
     seed: Seed = 0,
     guidance: Guidance = None,
     temperature: Temperature = None,
+    upscale: Upscale = None,
     batch_size: BatchSize = None,
     out: Out = Path("outputs"),
 ) -> None:
@@ -37,7 +48,7 @@ def change(
     from dalle_mini_impl.pipeline import DEFAULT_STRENGTHS
 
     original = read_picture(picture)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature)
+    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
     strengths = strength or list(DEFAULT_STRENGTHS)
     ranked = model.change(
         original,

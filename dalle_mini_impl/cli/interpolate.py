@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from dalle_mini_impl.cli.by_embedding import BatchSize, Candidates, Checkpoint, Guidance, Out, Prompt, Seed, Temperature
+from dalle_mini_impl.cli.by_embedding import (
+    BatchSize,
+    Candidates,
+    Checkpoint,
+    Guidance,
+    Out,
+    Prompt,
+    Seed,
+    Temperature,
+    Upscale,
+)
 
 
 def interpolate(
@@ -20,6 +30,7 @@ def interpolate(
     seed: Seed = 0,
     guidance: Guidance = None,
     temperature: Temperature = None,
+    upscale: Upscale = None,
     batch_size: BatchSize = None,
     out: Out = Path("outputs"),
 ) -> None:
@@ -32,7 +43,7 @@ def interpolate(
     from dalle_mini_impl.cli.sample import common_facts
 
     ends = read_picture(first), read_picture(second)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature)
+    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
     ranked = model.interpolate(
         *ends, steps, prompt, candidates=candidates, keep=1, seed=seed, settings=settings, batch_size=batch_size
     )

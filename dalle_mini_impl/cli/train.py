@@ -22,6 +22,7 @@ class StageName(enum.StrEnum):
     clip = "clip"
     dalle = "dalle"
     prior = "prior"
+    upscale = "upscale"
 
 
 def train(
@@ -47,7 +48,7 @@ def train(
 ) -> None:
     """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated.
 
-    With dalle.image_prefix also unCLIP's prior, between CLIP and DALL·E.
+    With dalle.image_prefix also unCLIP's prior, between CLIP and DALL·E; with upscale.factor, at last, the upscaler.
     """
     from dalle_mini_impl.training.run import make_accelerator
     from dalle_mini_impl.training.run import train as run_training
@@ -96,6 +97,7 @@ def _as_stage(name: StageName) -> Stage:
         StageName.clip: "clip",
         StageName.dalle: "dalle",
         StageName.prior: "prior",
+        StageName.upscale: "upscale",
     }
     return stages[name]
 

@@ -3,6 +3,7 @@
 runs/NAME/
   run.json           the recipe and the data that the run belongs to
   data/              pictures and captions, ready for training;  data-report.json
+  data-large/        the same pictures at twice the size, where an upscaler is trained
   cache/             image ids of all pictures, and CLIP's embeddings of them where something is trained on those
   state/STAGE/       resumable state, and a mark when the stage is finished
   checkpoint/        the model so far: what --checkpoint and --init-from take
@@ -35,6 +36,7 @@ from dalle_mini_impl.pretrained import (
     build_clip,
     build_dalle,
     build_prior,
+    build_upscaler,
     build_vae,
     load_bundle,
     make_stream,
@@ -51,20 +53,22 @@ from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+from dalle_mini_impl.training.upscale_task import UpscaleTask
+from dalle_mini_impl.vae.upsampler import FACTOR
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
 
 ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
 """What every run trains. CLIP comes after the VAE, because part of its pictures pass through it."""
-SEQUENCE: tuple[Stage, ...] = ("vae", "clip", "prior", "dalle")
+SEQUENCE: tuple[Stage, ...] = ("vae", "clip", "prior", "dalle", "upscale")
 """All stages there are, in the order in which they are trained."""
 
 
 def asked_for(recipe: Recipe) -> list[Stage]:
-    """The stages of a recipe: those of every run, and the prior where DALL·E is conditioned on picture embeddings."""
-    wanted = {*ORDER, *(["prior"] if recipe.dalle.image_prefix else [])}
-    return [stage for stage in SEQUENCE if stage in wanted]
+    """The stages of a recipe: those of every run, and the prior and the upscaler where it asks for what needs them."""
+    optional: dict[Stage, bool] = {"prior": recipe.dalle.image_prefix > 0, "upscale": recipe.upscale.factor > 1}
+    return [stage for stage in SEQUENCE if optional.get(stage, True)]
 
 
 def train(
@@ -245,6 +249,8 @@ class Run:
             return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
         if stage == "prior":
             return self._prior_task()
+        if stage == "upscale":
+            return self._upscale_task()
         if bundle.vae is None:
             raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
         dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
@@ -262,6 +268,22 @@ class Run:
         assert bundle.clip is not None
         prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
         return PriorTask(prior, self.data, recipe, bundle.tokenizer, bundle.clip, embeddings)
+
+    def _upscale_task(self) -> UpscaleTask:
+        bundle, recipe = self.bundle, self.recipe
+        vae = bundle.vae
+        if recipe.upscale.factor == 1:
+            raise ValueError("upscale.factor is 1, which asks for no upscaler: set it to 2")
+        if vae is None:
+            raise ValueError("upscale needs a VAE: train --stage vae first, or start from one with --init-from")
+        folder = self.out / "data-large"
+        config = recipe.data.model_copy(update={"image_size": FACTOR * recipe.data.image_size})
+        if self.is_main:
+            with counting("reading large pictures") as progress:
+                prepare(self.data_spec, config, folder, progress=progress)
+        self.accelerator.wait_for_everyone()
+        upscaler = self._model("upscale", lambda: build_upscaler(recipe, vae))
+        return UpscaleTask(upscaler, self.data, PreparedData.open(folder), recipe, self.cache(), vae)
 
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
