@@ -16,7 +16,7 @@ from dalle_mini_impl.config import PriorConfig, Recipe, SamplingConfig
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
-from dalle_mini_impl.prior import EmbeddingCodec, Prior
+from dalle_mini_impl.prior import EmbeddingCodec, Prior, code_cosines
 from dalle_mini_impl.stream import NULL
 from dalle_mini_impl.training.prior_task import PriorTask
 from dalle_mini_impl.training.run import train
@@ -100,6 +100,16 @@ def test_no_logit_sees_the_code_it_predicts_or_a_later_one() -> None:
         assert place == K - 1 or not torch.allclose(after[:, place + 1 :], logits[:, place + 1 :])
     for others in ((text.flip(0), vectors, dots), (text, vectors.flip(0), dots), (text, vectors, 3 - dots)):
         assert not torch.allclose(prior(*others, codes)[:, 0], logits[:, 0]), "each condition reaches the first code"
+
+
+def test_neighbouring_codes_are_alike_and_all_are_told_apart() -> None:
+    cosines = F.normalize(code_cosines(256), dim=1)
+    alike = cosines @ cosines.t()
+    assert cosines.shape == (256, 64)
+    assert alike.diagonal(1).min() > 0.7 and alike.diagonal(1).max() < 0.99
+    assert alike.diagonal(30).abs().max() < 0.3
+    whole = code_cosines(8)
+    assert torch.linalg.matrix_rank(whole) == 8, "with few codes any distribution can be told"
 
 
 def test_every_parameter_receives_gradient() -> None:
@@ -246,3 +256,20 @@ def test_embeddings_need_a_clip(tmp_path: Path) -> None:
     assert train(unclip_recipe(), DATA, tmp_path / "run", stages=["vae"])
     with pytest.raises(ValueError, match="train --stage clip first"):
         train(unclip_recipe(), DATA, tmp_path / "run", stages=["dalle"])
+
+
+def test_a_plain_checkpoint_gains_a_prefix_by_fine_tuning(tmp_path: Path) -> None:
+    plain = tiny_bundle()
+    save_bundle(plain, tmp_path / "plain")
+    out, init = tmp_path / "run", str(tmp_path / "plain")
+    assert train(unclip_recipe(), DATA, out, stages=["prior"], init_from=init)
+    first = load_bundle(out)
+    assert first.dalle is None and first.prior is not None and first.recipe.dalle.image_prefix == 2
+    assert plain.vae is not None and first.vae is not None and plain.dalle is not None
+    assert all(torch.equal(value, first.vae.state_dict()[name]) for name, value in plain.vae.state_dict().items())
+    frozen = unclip_recipe("train.dalle.learning_rate=1e-9", "train.dalle.muon_learning_rate=1e-9")
+    assert train(frozen, DATA, out, stages=["dalle"], init_from=init)
+    gained = load_bundle(out).dalle
+    assert gained is not None and gained.prefix is not None
+    for name, value in plain.dalle.state_dict().items():
+        assert torch.allclose(gained.state_dict()[name], value, atol=1e-6), name

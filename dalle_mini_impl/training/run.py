@@ -216,6 +216,8 @@ class Run:
         config = self.recipe.text
         if self._initial is not None:
             bundle = replace(self._initial, recipe=self.recipe)
+            if self.recipe.dalle.image_prefix != self._initial.stream.image_prefix:  # its DALL·E gains a prefix first
+                bundle = replace(bundle, dalle=None)
         elif captions:
             tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))
@@ -286,12 +288,16 @@ class Run:
         return UpscaleTask(upscaler, self.data, PreparedData.open(folder), recipe, self.cache(), vae)
 
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
-        """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
+        """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
+
+        A DALL·E that is given an image_prefix has that fresh and everything else from the checkpoint.
+        """
         torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
         model = build()
         initial = getattr(self._initial, stage, None)
         if initial is not None:
-            model.load_state_dict(initial.state_dict())
+            fresh = {name: value for name, value in model.state_dict().items() if name.startswith("prefix.")}
+            model.load_state_dict({**fresh, **initial.state_dict()})
         return model
 
     def cache(self) -> TokenCache:
