@@ -25,7 +25,6 @@ from dalle_mini_impl.layers.rope import axis_angles
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.stream import NULL, PAD
 
-_MAX_FITTED = 200_000  # embeddings that the codec is fitted on, evenly spaced
 _ROWS_AT_ONCE = 256
 _MAX_COSINES = 64
 
@@ -52,6 +51,10 @@ class EmbeddingCodec(nn.Module):
         """Whether `fit` has been called, here or before the weights were saved."""
         return bool(self.variance_kept > 0)
 
+    def forget(self) -> None:
+        """Lets it be fitted anew, to another space."""
+        self.variance_kept.zero_()
+
     @torch.no_grad()
     def fit(self, embeddings: Tensor) -> None:
         """Takes mean, components by falling variance, and buckets by quantiles from embeddings (n, E), n ≥ 2.
@@ -60,7 +63,7 @@ class EmbeddingCodec(nn.Module):
         """
         if embeddings.ndim != 2 or len(embeddings) < 2 or embeddings.shape[1] != len(self.mean):
             raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; expected (n, {len(self.mean)}), n ≥ 2")
-        rows = embeddings[:: -(-len(embeddings) // _MAX_FITTED)].double().cpu()
+        rows = embeddings.double().cpu()
         mean = rows.mean(dim=0)
         variances, vectors = torch.linalg.eigh((rows - mean).t() @ (rows - mean) / len(rows))  # rising
         components = vectors.t().flip(0)[: self.num_dims]

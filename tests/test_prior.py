@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from dalle_mini_impl.config import PriorConfig, Recipe, SamplingConfig
+from dalle_mini_impl.config import PriorConfig, Recipe, SamplingConfig, Stage
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
@@ -256,6 +256,17 @@ def test_embeddings_need_a_clip(tmp_path: Path) -> None:
     assert train(unclip_recipe(), DATA, tmp_path / "run", stages=["vae"])
     with pytest.raises(ValueError, match="train --stage clip first"):
         train(unclip_recipe(), DATA, tmp_path / "run", stages=["dalle"])
+
+
+@pytest.mark.parametrize("stages", [["prior"], ["clip", "prior"]], ids=["the same CLIP", "another CLIP"])
+def test_codes_belong_to_the_space_of_the_clip_that_there_is(
+    finished: Path, tmp_path: Path, stages: list[Stage]
+) -> None:
+    before = load_bundle(finished).prior
+    assert train(unclip_recipe(), DATA, tmp_path / "run", stages=stages, init_from=str(finished))
+    after = load_bundle(tmp_path / "run").prior
+    assert before is not None and after is not None
+    assert torch.equal(before.codec.mean, after.codec.mean) == (stages == ["prior"])
 
 
 def test_a_plain_checkpoint_gains_a_prefix_by_fine_tuning(tmp_path: Path) -> None:

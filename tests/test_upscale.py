@@ -152,6 +152,15 @@ def test_a_run_trains_an_upscaler_last(finished: Path, tmp_path: Path) -> None:
     assert load_bundle(saved).upscale is not None
 
 
+def test_a_finished_run_gains_an_upscaler(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(recipe(), DATA, out, stages=["vae"])
+    assert load_bundle(out).upscale is None
+    quick = ["train.upscale.steps=2", "train.upscale.batch_size=8", "train.upscale.precision=fp32"]
+    assert train(recipe(*SMALL, *quick), DATA, out, stages=["upscale"])
+    assert load_bundle(out).upscale is not None
+
+
 def _run(*arguments: object) -> int:
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])

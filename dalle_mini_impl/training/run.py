@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
-from dalle_mini_impl.data.array_cache import Workers
+from dalle_mini_impl.data.array_cache import Workers, weights_digest
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
@@ -269,6 +269,9 @@ class Run:
         embeddings = self.embeddings()
         assert bundle.clip is not None
         prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
+        before = self._initial.clip if self._initial is not None else None
+        if before is not None and weights_digest(before) != weights_digest(bundle.clip):
+            prior.codec.forget()  # CLIP's space has moved since
         return PriorTask(prior, self.data, recipe, bundle.tokenizer, bundle.clip, embeddings)
 
     def _upscale_task(self) -> UpscaleTask:
