@@ -291,13 +291,15 @@ class TextToImage:
         keep: int | None = None,
         seed: int = 0,
         *,
+        is_sequence: bool = False,
         settings: SamplingConfig | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[RankedPicture]]:
         """Draws candidates of each picture embedding (m, E) with the same noise; the ranked pictures of each.
 
-        prompt: a caption that DALL·E is told besides, default none.
+        prompt: a caption that DALL·E is told besides, default none. is_sequence: rank candidate numbers by the sum of
+        their scores over all embeddings, so that pictures of one rank differ by their embeddings alone.
         """
         keep = check_counts(candidates, keep)
         pictures = self.draw_jobs(
@@ -309,7 +311,8 @@ class TextToImage:
             batch_size=batch_size,
             progress=progress,
         )
-        return [rank(pictures[first : first + candidates], keep) for first in range(0, len(pictures), candidates)]
+        rows = [pictures[first : first + candidates] for first in range(0, len(pictures), candidates)]
+        return rank_sequence(rows, keep) if is_sequence else [rank(row, keep) for row in rows]
 
     def vary(self, picture: Image.Image, prompt: str = "", **options: Any) -> list[RankedPicture]:
         """Draws variations: pictures with the same CLIP embedding; ranked, best first. See `draw_by_embeddings`."""
@@ -320,13 +323,14 @@ class TextToImage:
     ) -> list[list[RankedPicture]]:
         """Draws pictures on the way from one to another, ends included: the ranked ones of each of `steps` ≥ 2 steps.
 
-        Embeddings move along the sphere (slerp), the noise stays. options: as in `draw_by_embeddings`.
+        Embeddings move along the sphere (slerp), the noise stays, and so does the kept candidate. options: as in
+        `draw_by_embeddings`.
         """
         if steps < 2:
             raise ValueError(f"steps is {steps}; a way from one picture to another has at least 2, its ends")
         ends = self.embedding_of(first), self.embedding_of(second)
         way = torch.stack([slerp(*ends, step / (steps - 1)) for step in range(steps)])
-        return self.draw_by_embeddings(way, prompt, **options)
+        return self.draw_by_embeddings(way, prompt, is_sequence=True, **options)
 
     def change(
         self,
@@ -347,7 +351,7 @@ class TextToImage:
         texts = encode_texts(embedding_clip(self.bundle), self.bundle.tokenizer, [before, after])
         own = self.embedding_of(picture)
         changed = torch.stack([change_by_text(own, texts[0], texts[1], strength) for strength in strengths])
-        return self.draw_by_embeddings(changed, prompt, **options)
+        return self.draw_by_embeddings(changed, prompt, is_sequence=True, **options)
 
     @torch.no_grad()
     def score(self, pictures: Tensor, captions: Sequence[str]) -> list[CaptionScores]:
@@ -414,6 +418,13 @@ def check_counts(candidates: int, keep: int | None) -> int:
     if not 1 <= keep <= candidates:
         raise ValueError(f"keep is {keep}, but of {candidates} candidates 1 to {candidates} can be kept")
     return keep
+
+
+def rank_sequence(rows: Sequence[Sequence[RankedPicture]], keep: int) -> list[list[RankedPicture]]:
+    """The pictures of each row by the sum of their candidate number's scores over all rows, the best `keep` first."""
+    totals = [sum(picture.score for picture in column) for column in zip(*rows, strict=True)]
+    order = sorted(range(len(totals)), key=lambda candidate: (-totals[candidate], candidate))[:keep]
+    return [[replace(row[candidate], rank=place) for place, candidate in enumerate(order, start=1)] for row in rows]
 
 
 def rank(pictures: Sequence[RankedPicture], keep: int) -> list[RankedPicture]:

@@ -40,8 +40,8 @@ def change(
 ) -> None:
     """Draw a picture changed by text: its embedding is turned to the difference of the two captions' embeddings.
 
-    Keeps the best of the candidates of each strength. Writes PNGs that `replay` draws again, results.jsonl and
-    sheet.png, the given picture first.
+    All strengths are drawn with the same noise, and the best of the candidates is kept. Writes PNGs that `replay` draws
+    again, results.jsonl and sheet.png, the given picture first.
     """
     from dalle_mini_impl.cli.by_embedding import load, read_picture, write, write_sheet
     from dalle_mini_impl.cli.sample import common_facts

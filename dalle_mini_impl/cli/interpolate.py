@@ -34,7 +34,7 @@ def interpolate(
     batch_size: BatchSize = None,
     out: Out = Path("outputs"),
 ) -> None:
-    """Draw the way from one picture to another: the best of the candidates of each step, all drawn with the same noise.
+    """Draw the way from one picture to another, all steps with the same noise: the best of the candidates.
 
     Embeddings are interpolated along the sphere. Writes PNGs that `replay` draws again, results.jsonl and sheet.png,
     between the two given pictures.
