@@ -323,14 +323,14 @@ class TextToImage:
     ) -> list[list[RankedPicture]]:
         """Draws pictures on the way from one to another, ends included: the ranked ones of each of `steps` ≥ 2 steps.
 
-        Embeddings move along the sphere (slerp), the noise stays, and so does the kept candidate. options: as in
-        `draw_by_embeddings`.
+        Embeddings move along the sphere (slerp); candidates of one number have the same noise in each step. options:
+        as in `draw_by_embeddings`.
         """
         if steps < 2:
             raise ValueError(f"steps is {steps}; a way from one picture to another has at least 2, its ends")
         ends = self.embedding_of(first), self.embedding_of(second)
         way = torch.stack([slerp(*ends, step / (steps - 1)) for step in range(steps)])
-        return self.draw_by_embeddings(way, prompt, is_sequence=True, **options)
+        return self.draw_by_embeddings(way, prompt, **options)
 
     def change(
         self,
@@ -344,7 +344,8 @@ class TextToImage:
         """Draws a picture changed as two captions say: the ranked pictures of each strength.
 
         before, after: what it shows, and what it is to show. strengths: shares of the way, 0 … 1, from the picture's
-        embedding to the direction of the change. options: as in `draw_by_embeddings`.
+        embedding to the direction of the change; what is kept has the same noise in each. options: as in
+        `draw_by_embeddings`.
         """
         if not strengths or not all(0 <= strength <= 1 for strength in strengths):
             raise ValueError(f"strengths are {list(strengths)}; give at least one, each from 0 (no change) to 1")

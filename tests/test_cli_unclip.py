@@ -157,8 +157,8 @@ def test_the_way_from_one_picture_to_another(
 
 
 def test_pictures_of_a_sequence_share_their_noise(model: TextToImage) -> None:
-    ends = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green")]
-    rows = model.interpolate(*ends, 3, candidates=4, keep=4, seed=1)
+    picture = Image.new("RGB", (32, 32), "red")
+    rows = model.change(picture, PROMPT, "a blue square", candidates=4, keep=4, seed=1)
     order = [picture.candidate for picture in rows[0]]
     assert sorted(order) == [0, 1, 2, 3] and all([p.candidate for p in row] == order for row in rows)
     totals = [sum(row[place].score for row in rows) for place in range(4)]

@@ -30,7 +30,7 @@ def change(
         typer.Option(help="How far to go, 0 to 1; may be given several times. (default 0.2 0.35 0.5)"),
     ] = None,
     prompt: Prompt = "",
-    candidates: Candidates = 4,
+    candidates: Candidates = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
     temperature: Temperature = None,

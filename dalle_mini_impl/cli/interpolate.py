@@ -26,7 +26,7 @@ def interpolate(
     checkpoint: Checkpoint,
     steps: Annotated[int, typer.Option(min=2, help="Pictures on the way, both ends included.")] = 5,
     prompt: Prompt = "",
-    candidates: Candidates = 4,
+    candidates: Candidates = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
     temperature: Temperature = None,
@@ -34,7 +34,7 @@ def interpolate(
     batch_size: BatchSize = None,
     out: Out = Path("outputs"),
 ) -> None:
-    """Draw the way from one picture to another, all steps with the same noise: the best of the candidates.
+    """Draw the way from one picture to another: the best of the candidates of each step.
 
     Embeddings are interpolated along the sphere. Writes PNGs that `replay` draws again, results.jsonl and sheet.png,
     between the two given pictures.
