@@ -226,16 +226,14 @@ class PriorConfig(Section):
 
 
 class UpscaleConfig(Section):
-    """A second decoder, which draws the VAE's ids at twice the size; its loss is the VAE's mixed one."""
+    """A net that draws the VAE's ids at twice the size; its loss is the VAE's mixed one."""
 
     factor: Literal[1, 2] = 1
     """2: train one, on pictures that are prepared once more at 2 × data.image_size; 1: none."""
     width: Positive = 48
-    """Channels right before the head."""
-    latent_width: Positive = 128
-    """Channels at the grid's resolution."""
-    blocks: Positive = 2
-    """Residual blocks a level."""
+    """Channels of its trunk."""
+    blocks: Positive = 4
+    """Residual blocks of its trunk."""
 
 
 class StageConfig(Section):

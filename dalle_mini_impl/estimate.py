@@ -99,7 +99,7 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
     if recipe.upscale.factor > 1:
         with torch.device("meta"):
             upscaler = build_upscaler(recipe, vae)
-        passes["upscale"] = upscaler, lambda: upscaler(latents)
+        passes["upscale"] = upscaler, lambda: upscaler(latents, images)
     trained = [stage for stage in (*STAGES, *OPTIONAL_STAGES) if stage in passes]
     stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in trained}
     config, tokens = recipe.dalle, stream.num_inputs

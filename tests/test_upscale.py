@@ -22,12 +22,12 @@ from dalle_mini_impl.training.batches import BatchOrder
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import StepContext
 from dalle_mini_impl.training.upscale_task import UpscaleTask
-from dalle_mini_impl.vae.upsampler import Upscaler
+from dalle_mini_impl.vae.upsampler import Upscaler, enlarge, inputs_of
 from tests.test_training_run import DATA, recipe
 from tests.test_training_tasks import batch_of, data, gradients, token_cache
 from tests.tiny import randomize, tiny_bundle
 
-SMALL = ("upscale.factor=2", "upscale.width=8", "upscale.latent_width=16", "upscale.blocks=1")
+SMALL = ("upscale.factor=2", "upscale.width=8", "upscale.blocks=1")
 
 
 def _large(made: PreparedData) -> PreparedData:
@@ -63,7 +63,7 @@ def test_ids_become_pictures_of_twice_the_size(quantizer: str, downsample: int, 
     names = {id(p): name for name, p in upscaler.named_parameters()}
     hidden = {names[id(p)] for p in upscaler.hidden_matrices()}
     assert hidden and all(name.endswith("weight") for name in hidden)
-    assert "decoder.0.weight" not in hidden
+    assert not {"stem.weight", "codes.weight", "head.weight"} & hidden
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
@@ -87,7 +87,7 @@ def test_a_mirrored_view_has_mirrored_pixels(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         Upscaler,
         "loss",
-        lambda self, images, codes: (seen.append(images.clone()), (images.sum() * 0, {}))[1],
+        lambda self, images, codes, small: (seen.append(images.clone()), (images.sum() * 0, {}))[1],
     )
     task.loss(task.model, batch, StepContext(task.counts(batch), 0.0, torch.Generator()))
     plain = batch["pixels"].permute(0, 3, 1, 2) / 255
@@ -110,6 +110,20 @@ def test_other_pictures_at_twice_the_size_are_refused() -> None:
         UpscaleTask(task.model, task.data, other, task.recipe, task.cache, task.vae)  # type: ignore[arg-type]
 
 
+def test_untrained_it_only_enlarges() -> None:
+    bundle = tiny_bundle(*SMALL)
+    assert bundle.vae is not None
+    ids = torch.randint(32, (2, 16))
+    upscaler = build_upscaler(bundle.recipe, bundle.vae)
+    small = bundle.vae.decode(ids)
+    large = upscaler.decode(ids, bundle.vae)
+    assert torch.allclose(large, enlarge(small), atol=1e-6)
+    ramp = torch.linspace(0, 1, 16).expand(1, 3, 16, 16)
+    assert torch.allclose(
+        enlarge(ramp)[..., 2:-2], torch.linspace(-1 / 60, 61 / 60, 32).expand(1, 3, 32, 32)[..., 2:-2], atol=0.01
+    )
+
+
 def test_an_upscaler_can_fit_pictures() -> None:
     bundle = tiny_bundle(*SMALL)
     assert bundle.vae is not None
@@ -117,11 +131,11 @@ def test_an_upscaler_can_fit_pictures() -> None:
     upscaler = build_upscaler(bundle.recipe, bundle.vae)
     ids = torch.randint(32, (4, 16))
     target = F.interpolate(torch.rand(4, 3, 8, 8), size=32, mode="bicubic").clamp(0, 1)
-    codes = bundle.vae.quantizer.vectors(ids, 4)
+    codes, small = inputs_of(ids, bundle.vae)
     optimizer = torch.optim.AdamW(upscaler.parameters(), lr=1e-2)
     losses = []
     for _ in range(25):
-        loss, _ = upscaler.loss(target, codes)
+        loss, _ = upscaler.loss(target, codes, small)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -148,7 +162,7 @@ def test_a_run_trains_an_upscaler_last(finished: Path, tmp_path: Path) -> None:
     large = PreparedData.open(finished / "data-large")
     assert large.pictures.shape[1:] == (32, 32, 3)
     saved = save_bundle(bundle, tmp_path / "half", storage="fp16")
-    assert load_file(saved / "upscale.safetensors")["decoder.0.weight"].dtype == torch.float16
+    assert load_file(saved / "upscale.safetensors")["stem.weight"].dtype == torch.float16
     assert load_bundle(saved).upscale is not None
 
 

@@ -38,7 +38,7 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
     "dalle": frozenset(
         {"dim", "layers", "heads", "ffn", "ffn_multiple", "token_shift", "reading_share", "image_prefix"}
     ),
-    "upscale": frozenset({"width", "latent_width", "blocks"}),
+    "upscale": frozenset({"width", "blocks"}),
     "prior": frozenset({"num_dims", "num_buckets", "num_dot_buckets", "dim", "layers", "heads"}),
 }
 """Keys that say what a checkpoint's weights, ids and slots mean: fine-tuning takes them over, and no others."""

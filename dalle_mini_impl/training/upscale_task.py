@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import Recipe, Stage
@@ -18,7 +17,7 @@ from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks import _Task
 from dalle_mini_impl.vae.losses import reconstruction_metrics
 from dalle_mini_impl.vae.model import DiscreteVAE
-from dalle_mini_impl.vae.upsampler import FACTOR, Upscaler
+from dalle_mini_impl.vae.upsampler import Upscaler, enlarge, inputs_of
 
 
 class UpscaleTask(_Task):
@@ -71,15 +70,10 @@ class UpscaleTask(_Task):
         for number, view in enumerate(self.recipe.data.views):
             chosen = batch["view"] == number
             images[chosen] = apply_view(images[chosen], view)
-        loss, terms = cast(Upscaler, model).loss(images, self._codes(batch["ids"]))
+        vae = self.vae.to(images.device).eval()
+        loss, terms = cast(Upscaler, model).loss(images, *inputs_of(batch["ids"], vae))
         share = (len(images) / context.counts[0]).float()
         return loss * share, {name: term * share for name, term in terms.items()}
-
-    @torch.no_grad()
-    def _codes(self, ids: Tensor) -> Tensor:
-        """The decoder's input, from the VAE, which is frozen."""
-        vae = self.vae.to(ids.device).eval()
-        return vae.quantizer.vectors(ids, vae.grid_size)
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """PSNR (dB) and SSIM on large held-out pictures, beside those of enlarging the VAE's own; writes a sheet."""
@@ -107,8 +101,7 @@ class UpscaleTask(_Task):
         with context.autocast():
             drawn = cast(Upscaler, model).decode(ids, vae)
             small = vae.decode(ids)
-        resized = F.interpolate(small, scale_factor=float(FACTOR), mode="bicubic", antialias=True).clamp(0, 1)
-        return large, drawn, resized
+        return large, drawn, enlarge(small)
 
     def describe(self, metrics: dict[str, float]) -> str:
         """The loss and its terms."""
