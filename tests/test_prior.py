@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,7 @@ from dalle_mini_impl.stream import NULL
 from dalle_mini_impl.training.prior_task import PriorTask
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import EvaluationContext
-from tests.test_training_run import DATA, recipe
+from tests.test_training_run import DATA, lines, recipe
 from tests.test_training_tasks import batch_of, data, gradients
 from tests.tiny import randomize, tiny_bundle
 
@@ -284,3 +288,30 @@ def test_a_plain_checkpoint_gains_a_prefix_by_fine_tuning(tmp_path: Path) -> Non
     assert gained is not None and gained.prefix is not None
     for name, value in plain.dalle.state_dict().items():
         assert torch.allclose(gained.state_dict()[name], value, atol=1e-6), name
+
+
+def test_two_processes_see_the_losses_of_one(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "two")
+    for later in ("prior", "dalle"):
+        shutil.rmtree(out / "state" / later)
+    shutil.rmtree(out / "cache")
+    (tmp_path / "recipe.json").write_text(unclip_recipe().model_dump_json())
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json\n"
+        "from dalle_mini_impl.config import Recipe\n"
+        "from dalle_mini_impl.training.run import make_accelerator, train\n"
+        "accelerator = make_accelerator()\n"
+        "assert accelerator.num_processes == 2\n"
+        f"recipe = Recipe.parse(json.load(open({str(tmp_path / 'recipe.json')!r})))\n"
+        f"assert train(recipe, {DATA!r}, {str(out)!r}, accelerator=accelerator)\n"
+        "accelerator.end_training()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("prior", "dalle"):
+        for ours, theirs in zip(lines(out, stage), lines(finished, stage), strict=True):
+            assert ours.pop("stage") == theirs.pop("stage")
+            assert ours == pytest.approx(theirs, rel=5e-3, abs=5e-4)
