@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Stage = Literal["clip", "vae", "dalle", "prior", "vqgan"]
+Stage = Literal["clip", "vae", "dalle", "prior", "vqgan", "upscale"]
 STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
 """What every recipe trains unless told otherwise."""
-OPTIONAL_STAGES: tuple[Stage, ...] = ("prior",)
+OPTIONAL_STAGES: tuple[Stage, ...] = ("prior", "upscale")
 """Those with a model of their own that not every recipe has; `vqgan` trains the model of `vae` further."""
 View = Literal["plain", "flip"]
 Augmentation = Literal["colour", "translation", "cutout"]
@@ -306,6 +306,17 @@ class PriorConfig(Section):
         return self
 
 
+class UpscaleConfig(Section):
+    """A net that draws the VAE's ids at twice the size; its loss is the VAE's mixed one."""
+
+    factor: Literal[1, 2] = 1
+    """2: train one, on pictures that are prepared once more at 2 × data.image_size; 1: none."""
+    width: Positive = 48
+    """Channels of its trunk."""
+    blocks: Positive = 4
+    """Residual blocks of its trunk."""
+
+
 class StageConfig(Section):
     """How one stage is trained."""
 
@@ -374,6 +385,14 @@ class PriorStageConfig(StageConfig):
     batch_size: Positive = 128
 
 
+class UpscaleStageConfig(StageConfig):
+    """The upscaler's: its pictures are twice as large."""
+
+    steps: Positive = 3000
+    budget_share: Annotated[float, Field(gt=0)] = 0.2
+    batch_size: Positive = 16
+
+
 class AdversarialStageConfig(StageConfig):
     """How adversarial training is: small steps of AdamW with little momentum, so that the other side can follow."""
 
@@ -395,6 +414,7 @@ class TrainConfig(Section):
     dalle: DALLEStageConfig = DALLEStageConfig()
     prior: PriorStageConfig = PriorStageConfig()
     vqgan: AdversarialStageConfig = AdversarialStageConfig()
+    upscale: UpscaleStageConfig = UpscaleStageConfig()
 
     @model_validator(mode="after")
     def _stages_once(self) -> Self:
@@ -422,6 +442,8 @@ class SamplingConfig(Section):
     """cosine rises later in the grid where this is above 1."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type of weights and cache while drawing; auto is bf16 where the device computes in it, else fp32."""
+    upscale: bool = False
+    """Draw pictures at twice the size, with a checkpoint that has an upscaler."""
     unclip: bool = True
     """Draw by way of a picture embedding, where the checkpoint has a prior to draw one from the prompt."""
     prior_draws: Annotated[int, Field(ge=1, le=64)] = 2
@@ -445,6 +467,7 @@ class Recipe(Section):
     clip: CLIPConfig = CLIPConfig()
     dalle: DALLEConfig = DALLEConfig()
     prior: PriorConfig = PriorConfig()
+    upscale: UpscaleConfig = UpscaleConfig()
     train: TrainConfig = TrainConfig()
     sampling: SamplingConfig = SamplingConfig()
 

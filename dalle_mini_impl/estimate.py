@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
 from dalle_mini_impl.layers.blocks import Block
-from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_vae
+from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_upscaler, build_vae
 from dalle_mini_impl.stream import NUM_SPECIAL, Stream
 from dalle_mini_impl.vae.backbone import ResidualBlock
 
@@ -102,6 +102,10 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
             vector, bucket = torch.zeros(1, recipe.clip.embed_dim), torch.zeros(1, dtype=torch.long)
             codes = torch.zeros(1, prior.codec.num_dims, dtype=torch.long)
         passes["prior"] = prior, lambda: prior(text, vector, bucket, codes)
+    if recipe.upscale.factor > 1:
+        with torch.device("meta"):
+            upscaler = build_upscaler(recipe, vae)
+        passes["upscale"] = upscaler, lambda: upscaler(latents, images)
     trained = [stage for stage in (*STAGES, *OPTIONAL_STAGES) if stage in passes]
     stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in trained}
     config, tokens, guidance = recipe.dalle, stream.num_inputs, recipe.sampling.guidance

@@ -136,6 +136,11 @@ class TextToImage:
             raise ValueError("; ".join(problems)) from None
         if given.get("unclip") and not has_prior(self.bundle):
             raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no prior to draw by: leave unclip out")
+        if settings.upscale and self.bundle.upscale is None:
+            raise ValueError(
+                f"checkpoint {self.bundle.recipe.name!r} has no upscaler: train one with upscale.factor=2, or leave "
+                "upscale out"
+            )
         precision = resolve_precision(settings.precision, self.dalle.image_head.weight.device)
         return settings.model_copy(update={"precision": precision})
 
@@ -247,7 +252,7 @@ class TextToImage:
             batch_size=batch_size,
             progress=progress,
         )
-        return self._scored(samples, prompts, text_ids, embeddings, jobs, seed)
+        return self._scored(samples, prompts, text_ids, embeddings, jobs, seed, settings)
 
     def _conditions(
         self,
@@ -297,7 +302,7 @@ class TextToImage:
             batch_size=batch_size,
         )
         samples = yield from self._previews(steps, candidates)
-        pictures = self._scored(samples, [prompt], text_ids, embeddings, jobs, seed)
+        pictures = self._scored(samples, [prompt], text_ids, embeddings, jobs, seed, settings)
         total = samples.ids.numel()
         images = [picture.image for picture in pictures]
         yield Drawing(images=images, done=total, total=total, ranked=rank(pictures, keep))
@@ -346,6 +351,7 @@ class TextToImage:
         embeddings: Tensor | None,
         jobs: Sequence[tuple[int, int]],
         seed: int,
+        settings: SamplingConfig,
     ) -> list[RankedPicture]:
         """Drawn tokens of (prompt index, candidate number) jobs as pictures with their scores, not ranked yet."""
         assert samples.log_ratio is not None and samples.log_likelihood is not None
@@ -361,7 +367,8 @@ class TextToImage:
                 met = encode_pictures(embedding_clip(self.bundle), images) * embeddings[part].cpu()
                 clip, read = met.sum(dim=1).tolist(), [None] * len(texts)
             ratios, likelihoods = samples.log_ratio[part].tolist(), samples.log_likelihood[part].tolist()
-            for index, image in enumerate(to_pil(images)):
+            shown = self.upscale(samples.ids[part]) if settings.upscale else images
+            for index, image in enumerate(to_pil(shown)):
                 prompt, candidate = jobs[first + index]
                 pictures.append(
                     RankedPicture(
@@ -396,13 +403,15 @@ class TextToImage:
         keep: int | None = None,
         seed: int = 0,
         *,
+        is_sequence: bool = False,
         settings: SamplingConfig | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> list[list[RankedPicture]]:
         """Draws candidates of each picture embedding (m, E) with the same noise; the ranked pictures of each.
 
-        prompt: a caption that DALL·E is told besides, default none.
+        prompt: a caption that DALL·E is told besides, default none. is_sequence: rank candidate numbers by the sum of
+        their scores over all embeddings, so that pictures of one rank differ by their embeddings alone.
         """
         keep = check_counts(candidates, keep)
         pictures = self.draw_jobs(
@@ -414,7 +423,8 @@ class TextToImage:
             batch_size=batch_size,
             progress=progress,
         )
-        return [rank(pictures[first : first + candidates], keep) for first in range(0, len(pictures), candidates)]
+        rows = [pictures[first : first + candidates] for first in range(0, len(pictures), candidates)]
+        return rank_sequence(rows, keep) if is_sequence else [rank(row, keep) for row in rows]
 
     def vary(self, picture: Image.Image, prompt: str = "", **options: Any) -> list[RankedPicture]:
         """Draws variations: pictures with the same CLIP embedding; ranked, best first. See `draw_by_embeddings`."""
@@ -425,7 +435,8 @@ class TextToImage:
     ) -> list[list[RankedPicture]]:
         """Draws pictures on the way from one to another, ends included: the ranked ones of each of `steps` ≥ 2 steps.
 
-        Embeddings move along the sphere (slerp), the noise stays. options: as in `draw_by_embeddings`.
+        Embeddings move along the sphere (slerp); candidates of one number have the same noise in each step. options:
+        as in `draw_by_embeddings`.
         """
         if steps < 2:
             raise ValueError(f"steps is {steps}; a way from one picture to another has at least 2, its ends")
@@ -445,14 +456,15 @@ class TextToImage:
         """Draws a picture changed as two captions say: the ranked pictures of each strength.
 
         before, after: what it shows, and what it is to show. strengths: shares of the way, 0 … 1, from the picture's
-        embedding to the direction of the change. options: as in `draw_by_embeddings`.
+        embedding to the direction of the change; what is kept has the same noise in each. options: as in
+        `draw_by_embeddings`.
         """
         if not strengths or not all(0 <= strength <= 1 for strength in strengths):
             raise ValueError(f"strengths are {list(strengths)}; give at least one, each from 0 (no change) to 1")
         texts = encode_texts(embedding_clip(self.bundle), self.bundle.tokenizer, [before, after])
         own = self.embedding_of(picture)
         changed = torch.stack([change_by_text(own, texts[0], texts[1], strength) for strength in strengths])
-        return self.draw_by_embeddings(changed, prompt, **options)
+        return self.draw_by_embeddings(changed, prompt, is_sequence=True, **options)
 
     @torch.no_grad()
     def score(self, pictures: Tensor, captions: Sequence[str]) -> list[CaptionScores]:
@@ -481,6 +493,13 @@ class TextToImage:
     def decode(self, ids: Tensor) -> Tensor:
         """Pictures (n, 3, S, S) in [0, 1] from image ids (n, N), all at once."""
         return self.vae.decode(ids.to(next(self.vae.parameters()).device))
+
+    @torch.no_grad()
+    def upscale(self, ids: Tensor) -> Tensor:
+        """Pictures (n, 3, 2S, 2S) in [0, 1] from image ids (n, N); ValueError for a checkpoint without an upscaler."""
+        if self.bundle.upscale is None:
+            raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no upscaler: train one with upscale.factor=2")
+        return self.bundle.upscale.decode(ids.to(next(self.vae.parameters()).device), self.vae)
 
     def _score(self, clip_score: float | None, read_score: float | None, log_likelihood: float) -> float:
         score = LIKELIHOOD_WEIGHT * log_likelihood
@@ -512,6 +531,13 @@ def check_counts(candidates: int, keep: int | None) -> int:
     if not 1 <= keep <= candidates:
         raise ValueError(f"keep is {keep}, but of {candidates} candidates 1 to {candidates} can be kept")
     return keep
+
+
+def rank_sequence(rows: Sequence[Sequence[RankedPicture]], keep: int) -> list[list[RankedPicture]]:
+    """The pictures of each row by the sum of their candidate number's scores over all rows, the best `keep` first."""
+    totals = [sum(picture.score for picture in column) for column in zip(*rows, strict=True)]
+    order = sorted(range(len(totals)), key=lambda candidate: (-totals[candidate], candidate))[:keep]
+    return [[replace(row[candidate], rank=place) for place, candidate in enumerate(order, start=1)] for row in rows]
 
 
 def rank(pictures: Sequence[RankedPicture], keep: int) -> list[RankedPicture]:

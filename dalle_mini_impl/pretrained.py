@@ -5,6 +5,7 @@ emoji/
   tokenizer.model       SentencePiece
   vae.safetensors  dalle.safetensors  clip.safetensors      each may be absent
   prior.safetensors                                         of those that draw by picture embeddings (unCLIP)
+  upscale.safetensors                                       of those that draw at twice the size
   README.md             model card
 """
 
@@ -30,6 +31,7 @@ from dalle_mini_impl.prior import Prior
 from dalle_mini_impl.stream import Stream
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.vae.model import DiscreteVAE
+from dalle_mini_impl.vae.upsampler import Upscaler
 from dalle_mini_impl.weights import load_weights, save_weights
 
 FORMAT = 1
@@ -56,6 +58,7 @@ class Bundle:
     dalle: DALLE | None = None
     clip: CLIP | None = None
     prior: Prior | None = None
+    upscale: Upscaler | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_hash: str = "unsaved"
 
@@ -90,6 +93,11 @@ def build_clip(recipe: Recipe, stream: Stream) -> CLIP:
 def build_prior(recipe: Recipe, stream: Stream) -> Prior:
     """A fresh prior as the recipe says, from captions of the stream to embeddings of the recipe's CLIP."""
     return Prior(recipe.prior, stream.text_length, stream.text_vocab, recipe.clip.embed_dim)
+
+
+def build_upscaler(recipe: Recipe, vae: DiscreteVAE) -> Upscaler:
+    """A fresh upscaler as the recipe says, of the ids of a VAE."""
+    return Upscaler(recipe.upscale, recipe.vae, vae.quantizer.out_channels)
 
 
 def save_bundle(bundle: Bundle, folder: str | Path, *, storage: Storage = "fp32") -> Path:
@@ -127,6 +135,9 @@ def load_bundle(name: str | Path = DEFAULT_CHECKPOINT, device: torch.device | st
         dalle = _load_model(folder / "dalle.safetensors", lambda: build_dalle(recipe, stream), device)
         clip = _load_model(folder / "clip.safetensors", lambda: build_clip(recipe, stream), device)
         prior = _load_model(folder / "prior.safetensors", lambda: build_prior(recipe, stream), device)
+        upscale = _load_model(
+            folder / "upscale.safetensors", lambda: build_upscaler(recipe, vae or build_vae(recipe)), device
+        )
     metadata = {key: value for key, value in config.items() if key not in ("recipe", "format")}
     return Bundle(
         recipe=recipe,
@@ -136,6 +147,7 @@ def load_bundle(name: str | Path = DEFAULT_CHECKPOINT, device: torch.device | st
         dalle=dalle,
         clip=clip,
         prior=prior,
+        upscale=upscale,
         metadata=metadata,
         checkpoint_hash=checkpoint_hash(folder),
     )
@@ -213,7 +225,8 @@ def model_card(bundle: Bundle) -> str:
 
 
 def _models(bundle: Bundle) -> dict[str, nn.Module | None]:
-    return {"clip": bundle.clip, "vae": bundle.vae, "dalle": bundle.dalle, "prior": bundle.prior}
+    models: dict[str, nn.Module | None] = {"clip": bundle.clip, "vae": bundle.vae, "dalle": bundle.dalle}
+    return {**models, "prior": bundle.prior, "upscale": bundle.upscale}
 
 
 def _config(bundle: Bundle) -> dict[str, Any]:

@@ -3,10 +3,14 @@
 An embedding is projected on its first principal components, the largest first, and each of them is quantised. A small
 decoder-only transformer reads ``[caption | CLIP's embedding of it | their dot product]`` and predicts the codes one
 after the other. The dot product says how well caption and picture fit, so that a good fit can be asked for.
+
+Codes are ordered, so a code is known by cosines of its place among them, and logits are sums of such cosines: what is
+learned of a code is learned of its neighbours, too. With a vector for each code, little is learned from small sets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +25,8 @@ from dalle_mini_impl.layers.rope import axis_angles
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.stream import NULL, PAD
 
-_MAX_FITTED = 200_000  # embeddings that the codec is fitted on, evenly spaced
 _ROWS_AT_ONCE = 256
+_MAX_COSINES = 64
 
 
 class EmbeddingCodec(nn.Module):
@@ -47,6 +51,10 @@ class EmbeddingCodec(nn.Module):
         """Whether `fit` has been called, here or before the weights were saved."""
         return bool(self.variance_kept > 0)
 
+    def forget(self) -> None:
+        """Lets it be fitted anew, to another space."""
+        self.variance_kept.zero_()
+
     @torch.no_grad()
     def fit(self, embeddings: Tensor) -> None:
         """Takes mean, components by falling variance, and buckets by quantiles from embeddings (n, E), n ≥ 2.
@@ -55,7 +63,7 @@ class EmbeddingCodec(nn.Module):
         """
         if embeddings.ndim != 2 or len(embeddings) < 2 or embeddings.shape[1] != len(self.mean):
             raise ValueError(f"embeddings have shape {tuple(embeddings.shape)}; expected (n, {len(self.mean)}), n ≥ 2")
-        rows = embeddings[:: -(-len(embeddings) // _MAX_FITTED)].double().cpu()
+        rows = embeddings.double().cpu()
         mean = rows.mean(dim=0)
         variances, vectors = torch.linalg.eigh((rows - mean).t() @ (rows - mean) / len(rows))  # rising
         components = vectors.t().flip(0)[: self.num_dims]
@@ -107,14 +115,17 @@ class Prior(nn.Module):
         self.text_vector = nn.Linear(embed_dim, dim, bias=False)
         self.null_vector = nn.Embedding(1, dim)
         self.dot_embedding = nn.Embedding(config.num_dot_buckets, dim)
-        self.code_embedding = nn.Embedding(config.num_buckets, dim)
+        cosines = code_cosines(config.num_buckets)  # (num_buckets, F)
+        self.code_embedding = nn.Linear(cosines.shape[1], dim, bias=False)
         self.target_position = nn.Embedding(num_dims, dim)  # of the code being predicted
         self.blocks = nn.ModuleList(
             Block(dim, config.heads, causal=True, dropout=config.dropout, token_shift=True)
             for _ in range(config.layers)
         )
         self.final_norm = Norm(dim)
-        self.head = nn.Linear(dim, config.num_buckets, bias=False)
+        self.head = nn.Linear(dim, cosines.shape[1], bias=False)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.cosines: Tensor
         positions = torch.arange(text_length + 1 + num_dims)
         angles = axis_angles(positions, dim // config.heads // 2)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
@@ -125,6 +136,7 @@ class Prior(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.text_vector.weight, std=0.02)
+        nn.init.normal_(self.code_embedding.weight, std=0.02 * (2 / cosines.shape[1]) ** 0.5)
         nn.init.zeros_(self.head.weight)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
@@ -156,7 +168,7 @@ class Prior(nn.Module):
 
     def nll(self, text_ids: Tensor, text_vectors: Tensor, dots: Tensor, codes: Tensor) -> Tensor:
         """-log p(code | what is before it) in nats, (B, K) fp32, of whole rows of codes (B, K)."""
-        logits = self(text_ids, text_vectors, dots, codes).float()
+        logits = self(text_ids, text_vectors, dots, codes)
         return F.cross_entropy(logits.transpose(1, 2), codes, reduction="none")
 
     @torch.no_grad()
@@ -254,7 +266,7 @@ class Prior(nn.Module):
     def _embed_codes(self, codes: Tensor, start: int) -> Tensor:
         """Input vectors (B, n, dim) of codes (B, n) from place `start` on, each predicting the next one."""
         targets = self.target_position.weight[start + 1 : start + 1 + codes.shape[1]]
-        x: Tensor = self.code_embedding(codes) + targets
+        x: Tensor = self.code_embedding(self.cosines[codes]) + targets
         return x
 
     def _run(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
@@ -268,8 +280,17 @@ class Prior(nn.Module):
         return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden)
+        """(..., num_buckets) float32 of (..., dim)."""
+        amplitudes = self.head(hidden).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = amplitudes @ self.cosines.t()
         return logits
+
+
+def code_cosines(num_buckets: int) -> Tensor:
+    """The slowest cosines over the places of ordered codes, (num_buckets, F ≤ 64): the basis of the DCT-II."""
+    places = (torch.arange(num_buckets) + 0.5) / num_buckets
+    return torch.cos(math.pi * places[:, None] * torch.arange(min(num_buckets, _MAX_COSINES)))
 
 
 def _quantiles(values: Tensor, num_buckets: int) -> Tensor:

@@ -156,6 +156,16 @@ def test_the_way_from_one_picture_to_another(
     assert "is a sheet of pictures" in capsys.readouterr().err
 
 
+def test_pictures_of_a_sequence_share_their_noise(model: TextToImage) -> None:
+    picture = Image.new("RGB", (32, 32), "red")
+    rows = model.change(picture, PROMPT, "a blue square", candidates=4, keep=4, seed=1)
+    order = [picture.candidate for picture in rows[0]]
+    assert sorted(order) == [0, 1, 2, 3] and all([p.candidate for p in row] == order for row in rows)
+    totals = [sum(row[place].score for row in rows) for place in range(4)]
+    assert totals == sorted(totals, reverse=True)
+    assert [picture.rank for picture in rows[2]] == [1, 2, 3, 4]
+
+
 def test_a_picture_changed_by_text(
     checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +16,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from dalle_mini_impl.config import PriorConfig, Recipe, SamplingConfig
+from dalle_mini_impl.config import PriorConfig, Recipe, SamplingConfig, Stage
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
-from dalle_mini_impl.prior import EmbeddingCodec, Prior
+from dalle_mini_impl.prior import EmbeddingCodec, Prior, code_cosines
 from dalle_mini_impl.stream import NULL
 from dalle_mini_impl.training.prior_task import PriorTask
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import EvaluationContext
-from tests.test_training_run import DATA, recipe
+from tests.test_training_run import DATA, lines, recipe
 from tests.test_training_tasks import batch_of, data, gradients
 from tests.tiny import randomize, tiny_bundle
 
@@ -100,6 +104,16 @@ def test_no_logit_sees_the_code_it_predicts_or_a_later_one() -> None:
         assert place == K - 1 or not torch.allclose(after[:, place + 1 :], logits[:, place + 1 :])
     for others in ((text.flip(0), vectors, dots), (text, vectors.flip(0), dots), (text, vectors, 3 - dots)):
         assert not torch.allclose(prior(*others, codes)[:, 0], logits[:, 0]), "each condition reaches the first code"
+
+
+def test_neighbouring_codes_are_alike_and_all_are_told_apart() -> None:
+    cosines = F.normalize(code_cosines(256), dim=1)
+    alike = cosines @ cosines.t()
+    assert cosines.shape == (256, 64)
+    assert alike.diagonal(1).min() > 0.7 and alike.diagonal(1).max() < 0.99
+    assert alike.diagonal(30).abs().max() < 0.3
+    whole = code_cosines(8)
+    assert torch.linalg.matrix_rank(whole) == 8, "with few codes any distribution can be told"
 
 
 def test_every_parameter_receives_gradient() -> None:
@@ -246,3 +260,58 @@ def test_embeddings_need_a_clip(tmp_path: Path) -> None:
     assert train(unclip_recipe(), DATA, tmp_path / "run", stages=["vae"])
     with pytest.raises(ValueError, match="train --stage clip first"):
         train(unclip_recipe(), DATA, tmp_path / "run", stages=["dalle"])
+
+
+@pytest.mark.parametrize("stages", [["prior"], ["clip", "prior"]], ids=["the same CLIP", "another CLIP"])
+def test_codes_belong_to_the_space_of_the_clip_that_there_is(
+    finished: Path, tmp_path: Path, stages: list[Stage]
+) -> None:
+    before = load_bundle(finished).prior
+    assert train(unclip_recipe(), DATA, tmp_path / "run", stages=stages, init_from=str(finished))
+    after = load_bundle(tmp_path / "run").prior
+    assert before is not None and after is not None
+    assert torch.equal(before.codec.mean, after.codec.mean) == (stages == ["prior"])
+
+
+def test_a_plain_checkpoint_gains_a_prefix_by_fine_tuning(tmp_path: Path) -> None:
+    plain = tiny_bundle()
+    save_bundle(plain, tmp_path / "plain")
+    out, init = tmp_path / "run", str(tmp_path / "plain")
+    assert train(unclip_recipe(), DATA, out, stages=["prior"], init_from=init)
+    first = load_bundle(out)
+    assert first.dalle is None and first.prior is not None and first.recipe.dalle.image_prefix == 2
+    assert plain.vae is not None and first.vae is not None and plain.dalle is not None
+    assert all(torch.equal(value, first.vae.state_dict()[name]) for name, value in plain.vae.state_dict().items())
+    frozen = unclip_recipe("train.dalle.learning_rate=1e-9", "train.dalle.muon_learning_rate=1e-9")
+    assert train(frozen, DATA, out, stages=["dalle"], init_from=init)
+    gained = load_bundle(out).dalle
+    assert gained is not None and gained.prefix is not None
+    for name, value in plain.dalle.state_dict().items():
+        assert torch.allclose(gained.state_dict()[name], value, atol=1e-6), name
+
+
+def test_two_processes_see_the_losses_of_one(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "two")
+    for later in ("prior", "dalle"):
+        shutil.rmtree(out / "state" / later)
+    shutil.rmtree(out / "cache")
+    (tmp_path / "recipe.json").write_text(unclip_recipe().model_dump_json())
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json\n"
+        "from dalle_mini_impl.config import Recipe\n"
+        "from dalle_mini_impl.training.run import make_accelerator, train\n"
+        "accelerator = make_accelerator()\n"
+        "assert accelerator.num_processes == 2\n"
+        f"recipe = Recipe.parse(json.load(open({str(tmp_path / 'recipe.json')!r})))\n"
+        f"assert train(recipe, {DATA!r}, {str(out)!r}, accelerator=accelerator)\n"
+        "accelerator.end_training()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for stage in ("prior", "dalle"):
+        for ours, theirs in zip(lines(out, stage), lines(finished, stage), strict=True):
+            assert ours.pop("stage") == theirs.pop("stage")
+            assert ours == pytest.approx(theirs, rel=5e-3, abs=5e-4)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dalle_mini_impl.config import Recipe, Section
+from dalle_mini_impl.pretrained import build_upscaler
 from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, adopt_architecture
 from tests.tiny import tiny_bundle
 
@@ -35,6 +36,7 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
     "clip": frozenset({"reconstructed_share", "hard_negatives"}),
     "dalle": frozenset({"dropout", "token_corruption", "caption_dropout", "embedding_dropout", "text_loss_weight"}),
     "prior": frozenset({"dropout", "caption_dropout"}),
+    "upscale": frozenset({"factor"}),
 }
 """A new key of a recipe belongs here if a checkpoint means the same whatever its value, else to ARCHITECTURE_KEYS."""
 
@@ -59,7 +61,8 @@ def changed(value: Any, key: str) -> Any:
         "quantizer": "fsq", "reconstruction": "logit_laplace", "ffn": "swiglu", "fit": "pad", "loss": "siglip",
         "views": ["plain", "flip"], "fsq_levels": [4, 4], "patch": 4, "downsample": 8,
         "image_column": "picture", "caption_column": "words", "validation_fraction": 0.3, "slot_step": 8,
-        "num_dims": 8, "attention": "dalle1", "attention_kernel": 5, "positions": "learned", "reading_share": 0.0,
+        "num_dims": 3, "factor": 2,
+        "attention": "dalle1", "attention_kernel": 5, "positions": "learned", "reading_share": 0.0,
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -71,6 +74,8 @@ def changed(value: Any, key: str) -> Any:
 @pytest.mark.parametrize("section", ARCHITECTURE_KEYS)
 def test_each_key_comes_from_the_side_it_belongs_to(section: str) -> None:
     bundle = tiny_bundle(*(["dalle.image_prefix=2"] if section == "prior" else []))
+    assert bundle.vae is not None
+    bundle = replace(bundle, upscale=build_upscaler(bundle.recipe, bundle.vae))
     values = bundle.recipe.model_dump(mode="json")
     values[section] = {key: changed(value, key) for key, value in values[section].items()}
     recipe = Recipe.parse(values)
@@ -78,6 +83,12 @@ def test_each_key_comes_from_the_side_it_belongs_to(section: str) -> None:
     for key in fields(section):
         side = bundle.recipe if key in ARCHITECTURE_KEYS[section] else recipe
         assert getattr(adopted, key) == getattr(getattr(side, section), key), key
+
+
+def test_a_prefix_can_be_gained_and_never_lost() -> None:
+    plain, with_prefix = tiny_bundle(), tiny_bundle("dalle.image_prefix=2")
+    assert adopt_architecture(with_prefix.recipe, plain).dalle.image_prefix == 2
+    assert adopt_architecture(plain.recipe, with_prefix).dalle.image_prefix == 2
 
 
 def test_models_that_a_checkpoint_lacks_are_the_recipes_own() -> None:

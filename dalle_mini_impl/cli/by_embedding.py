@@ -23,6 +23,9 @@ Candidates = Annotated[int, typer.Option(min=1, help="Pictures to draw for each 
 Seed = Annotated[int, typer.Option(help="The same seed draws the same pictures.")]
 Guidance = Annotated[float | None, typer.Option(help="Strength of embedding and prompt; 1 is none.")]
 Temperature = Annotated[float | None, typer.Option(help="Below 1 is safer, above 1 wilder.")]
+Upscale = Annotated[
+    bool | None, typer.Option("--upscale", help="Pictures of twice the size, where the checkpoint has an upscaler.")
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures drawn at once. (default what fits)")]
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 

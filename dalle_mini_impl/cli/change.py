@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from dalle_mini_impl.cli.by_embedding import BatchSize, Candidates, Checkpoint, Guidance, Out, Prompt, Seed, Temperature
+from dalle_mini_impl.cli.by_embedding import (
+    BatchSize,
+    Candidates,
+    Checkpoint,
+    Guidance,
+    Out,
+    Prompt,
+    Seed,
+    Temperature,
+    Upscale,
+)
 
 
 def change(
@@ -20,24 +30,25 @@ def change(
         typer.Option(help="How far to go, 0 to 1; may be given several times. (default 0.2 0.35 0.5)"),
     ] = None,
     prompt: Prompt = "",
-    candidates: Candidates = 4,
+    candidates: Candidates = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
     temperature: Temperature = None,
+    upscale: Upscale = None,
     batch_size: BatchSize = None,
     out: Out = Path("outputs"),
 ) -> None:
     """Draw a picture changed by text: its embedding is turned to the difference of the two captions' embeddings.
 
-    Keeps the best of the candidates of each strength. Writes PNGs that `replay` draws again, results.jsonl and
-    sheet.png, the given picture first.
+    All strengths are drawn with the same noise, and the best of the candidates is kept. Writes PNGs that `replay` draws
+    again, results.jsonl and sheet.png, the given picture first.
     """
     from dalle_mini_impl.cli.by_embedding import load, read_picture, write, write_sheet
     from dalle_mini_impl.cli.sample import common_facts
     from dalle_mini_impl.pipeline import DEFAULT_STRENGTHS
 
     original = read_picture(picture)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature)
+    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
     strengths = strength or list(DEFAULT_STRENGTHS)
     ranked = model.change(
         original,

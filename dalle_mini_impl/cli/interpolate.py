@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from dalle_mini_impl.cli.by_embedding import BatchSize, Candidates, Checkpoint, Guidance, Out, Prompt, Seed, Temperature
+from dalle_mini_impl.cli.by_embedding import (
+    BatchSize,
+    Candidates,
+    Checkpoint,
+    Guidance,
+    Out,
+    Prompt,
+    Seed,
+    Temperature,
+    Upscale,
+)
 
 
 def interpolate(
@@ -16,14 +26,15 @@ def interpolate(
     checkpoint: Checkpoint,
     steps: Annotated[int, typer.Option(min=2, help="Pictures on the way, both ends included.")] = 5,
     prompt: Prompt = "",
-    candidates: Candidates = 4,
+    candidates: Candidates = 8,
     seed: Seed = 0,
     guidance: Guidance = None,
     temperature: Temperature = None,
+    upscale: Upscale = None,
     batch_size: BatchSize = None,
     out: Out = Path("outputs"),
 ) -> None:
-    """Draw the way from one picture to another: the best of the candidates of each step, all drawn with the same noise.
+    """Draw the way from one picture to another: the best of the candidates of each step.
 
     Embeddings are interpolated along the sphere. Writes PNGs that `replay` draws again, results.jsonl and sheet.png,
     between the two given pictures.
@@ -32,7 +43,7 @@ def interpolate(
     from dalle_mini_impl.cli.sample import common_facts
 
     ends = read_picture(first), read_picture(second)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature)
+    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
     ranked = model.interpolate(
         *ends, steps, prompt, candidates=candidates, keep=1, seed=seed, settings=settings, batch_size=batch_size
     )

@@ -42,6 +42,9 @@ def sample(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, or auto: bf16 where the device computes in it.")
     ] = None,
+    upscale: Annotated[
+        bool | None, typer.Option("--upscale", help="Pictures of twice the size, where the checkpoint has an upscaler.")
+    ] = None,
     unclip: Annotated[
         bool | None,
         typer.Option("--unclip/--no-unclip", help="By way of a picture embedding. (default where there is a prior)"),
@@ -84,6 +87,7 @@ def sample(
         top_p=top_p,
         min_p=min_p,
         precision=precision,
+        upscale=upscale,
         unclip=unclip,
         prior_guidance=prior_guidance,
     )

@@ -35,6 +35,7 @@ class StageName(enum.StrEnum):
     dalle = "dalle"
     prior = "prior"
     vqgan = "vqgan"
+    upscale = "upscale"
 
 
 class TrackerName(enum.StrEnum):
@@ -76,7 +77,7 @@ def train(
 ) -> None:
     """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated.
 
-    With dalle.image_prefix also unCLIP's prior, between CLIP and DALL·E.
+    With dalle.image_prefix also unCLIP's prior, between CLIP and DALL·E; with upscale.factor, at last, the upscaler.
     --stage vqgan trains the VAE of the run, or of --init-from, further against a discriminator.
     """
     from dalle_mini_impl.training.run import make_accelerator
@@ -170,6 +171,7 @@ def _as_stage(name: StageName) -> Stage:
         StageName.dalle: "dalle",
         StageName.prior: "prior",
         StageName.vqgan: "vqgan",
+        StageName.upscale: "upscale",
     }
     return stages[name]
 

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from dalle_mini_impl.cli.by_embedding import BatchSize, Candidates, Checkpoint, Guidance, Out, Prompt, Seed, Temperature
+from dalle_mini_impl.cli.by_embedding import (
+    BatchSize,
+    Candidates,
+    Checkpoint,
+    Guidance,
+    Out,
+    Prompt,
+    Seed,
+    Temperature,
+    Upscale,
+)
 
 
 def vary(
@@ -19,6 +29,7 @@ def vary(
     seed: Seed = 0,
     guidance: Guidance = None,
     temperature: Temperature = None,
+    upscale: Upscale = None,
     batch_size: BatchSize = None,
     out: Out = Path("outputs"),
 ) -> None:
@@ -30,7 +41,7 @@ def vary(
     from dalle_mini_impl.cli.sample import common_facts, label
 
     original = read_picture(picture)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature)
+    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
     keep = candidates if keep is None else keep
     ranked = model.vary(
         original, prompt, candidates=candidates, keep=keep, seed=seed, settings=settings, batch_size=batch_size

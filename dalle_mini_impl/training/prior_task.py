@@ -23,7 +23,7 @@ from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks import _Task, captioned, encode, pick_caption
 
-_MAX_FITTED_DOTS = 4096
+_MAX_FITTED, _MAX_FITTED_DOTS = 100_000, 4096  # pictures, evenly spaced over those of training
 
 
 class PriorTask(_Task):
@@ -50,16 +50,19 @@ class PriorTask(_Task):
         self.held_out = captioned(data, evaluation.held_out(data))
         if not len(self.held_out):
             self.held_out = self.captioned[: evaluation.MAX_HELD_OUT]
+        fitted, paired = (
+            self.captioned[:: -(-len(self.captioned) // most)] for most in (_MAX_FITTED, _MAX_FITTED_DOTS)
+        )
+        vectors = embeddings.vectors(fitted)
         if not model.codec.is_fitted:
-            every = -(-len(self.captioned) // _MAX_FITTED_DOTS)
-            fitted = self.captioned[::every]
-            texts = encode_texts(clip, tokenizer, [data.captions[index][0] for index in fitted])
-            model.fit(embeddings.vectors(self.captioned), (texts * embeddings.vectors(fitted)).sum(dim=1))
-        self.unigram = self._unigram(model)
+            texts = encode_texts(clip, tokenizer, [data.captions[index][0] for index in paired])
+            model.fit(vectors, (texts * embeddings.vectors(paired)).sum(dim=1))
+        self.unigram = self._unigram(model, vectors)
 
-    def _unigram(self, prior: Prior) -> Tensor:
+    @staticmethod
+    def _unigram(prior: Prior, vectors: Tensor) -> Tensor:
         """-log of the (add-one smoothed) share of each code in training, (K, num_buckets)."""
-        codes = prior.codec.encode(self.embeddings.vectors(self.captioned))  # (n, K)
+        codes = prior.codec.encode(vectors)  # (n, K)
         counts = torch.ones(prior.codec.num_dims, prior.codec.num_buckets)
         counts.scatter_add_(1, codes.t(), torch.ones(codes.t().shape))
         return -(counts / counts.sum(dim=1, keepdim=True)).log()

@@ -3,6 +3,7 @@
 runs/NAME/
   run.json           the recipe and the data that the run belongs to;  recipe.toml is what --config takes
   data/              pictures and captions, ready for training;  data-report.json
+  data-large/        the same pictures at twice the size, where an upscaler is trained
   cache/             image ids of all pictures, and CLIP's embeddings of them where something is trained on those
   state/STAGE/       resumable state, and a mark when the stage is finished
   checkpoint/        the model so far: what --checkpoint and --init-from take
@@ -26,8 +27,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
 
-from dalle_mini_impl.config import Recipe, Stage
-from dalle_mini_impl.data.array_cache import Workers
+from dalle_mini_impl.config import DataConfig, Recipe, Stage
+from dalle_mini_impl.data.array_cache import Workers, weights_digest
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
@@ -38,6 +39,7 @@ from dalle_mini_impl.pretrained import (
     build_clip,
     build_dalle,
     build_prior,
+    build_upscaler,
     build_vae,
     load_bundle,
     make_stream,
@@ -55,8 +57,10 @@ from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
 from dalle_mini_impl.training.tracking import Tracking, build_trackers, check_trackers, new_run_id
+from dalle_mini_impl.training.upscale_task import UpscaleTask
 from dalle_mini_impl.training.vqgan import VQGANTask
 from dalle_mini_impl.vae.discriminator import PatchDiscriminator
+from dalle_mini_impl.vae.upsampler import FACTOR
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
@@ -69,18 +73,21 @@ LONGEST_WAIT = timedelta(hours=24)
 
 def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
     """All stages in an order that serves them: part of CLIP's pictures pass through the VAE, the prior and DALL·E see
-    CLIP's embeddings. Adversarial training is the last, but before DALL·E where it changes the ids.
+    CLIP's embeddings, the upscaler what the VAE decodes at last. Adversarial training changes no ids, but for the full
+    phase, which comes before DALL·E.
     """
     if recipe.vqgan.phase == "full":
-        return "vae", "clip", "vqgan", "prior", "dalle"
-    return "vae", "clip", "prior", "dalle", "vqgan"
+        return "vae", "clip", "vqgan", "prior", "dalle", "upscale"
+    return "vae", "clip", "prior", "dalle", "vqgan", "upscale"
 
 
 def asked_for(recipe: Recipe) -> list[Stage]:
-    """Those of train.stages, and the prior where a DALL·E is trained that is conditioned on picture embeddings."""
+    """Those of train.stages, the prior where DALL·E is trained on picture embeddings, and the upscaler if it has one."""
     wanted = set(recipe.train.stages)
     if recipe.dalle.image_prefix and "dalle" in wanted:
         wanted.add("prior")
+    if recipe.upscale.factor > 1:
+        wanted.add("upscale")
     return [stage for stage in stage_order(recipe) if stage in wanted]
 
 
@@ -233,7 +240,7 @@ class Run:
         if self.is_main:
             check_writable(self.out)
         check_shared(self.out, self.accelerator)
-        self.data = self._read_pictures()
+        self.data = self._read_pictures("data", self.recipe.data)
         self._check_data()
         checkpoint = self.out / "checkpoint"
         if self.is_main and not (checkpoint / "config.json").is_file():
@@ -255,14 +262,15 @@ class Run:
             stream.num_image_tokens,
         )
 
-    def _read_pictures(self) -> PreparedData:
+    def _read_pictures(self, folder: str, config: DataConfig) -> PreparedData:
+        """The pictures, prepared by all processes in a folder of the run."""
         accelerator = self.accelerator
         try:
             with counting("reading pictures", self.is_main) as progress:
                 return prepare(
                     self.data_spec,
-                    self.recipe.data,
-                    self.out / "data",
+                    config,
+                    self.out / folder,
                     rank=accelerator.process_index,
                     world_size=accelerator.num_processes,
                     barrier=accelerator.wait_for_everyone,
@@ -305,6 +313,8 @@ class Run:
         config = self.recipe.text
         if self._initial is not None:
             bundle = replace(self._initial, recipe=self.recipe)
+            if self.recipe.dalle.image_prefix != self._initial.stream.image_prefix:  # its DALL·E gains a prefix first
+                bundle = replace(bundle, dalle=None)
         elif captions:
             tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))
@@ -340,6 +350,8 @@ class Run:
             return self._prior_task()
         if stage == "vqgan":
             return self._vqgan_task()
+        if stage == "upscale":
+            return self._upscale_task()
         if bundle.vae is None:
             raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
         dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
@@ -356,6 +368,9 @@ class Run:
         embeddings = self.embeddings()
         assert bundle.clip is not None
         prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
+        before = self._initial.clip if self._initial is not None else None
+        if before is not None and weights_digest(before) != weights_digest(bundle.clip):
+            prior.codec.forget()  # CLIP's space has moved since
         return PriorTask(prior, self.data, recipe, bundle.tokenizer, bundle.clip, embeddings)
 
     def _vqgan_task(self) -> Task:
@@ -374,13 +389,29 @@ class Run:
         discriminator = PatchDiscriminator(recipe.vqgan.discriminator_width, recipe.vqgan.discriminator_layers)
         return VQGANTask(bundle.vae, bundle.clip, discriminator, self.data, recipe, self.accelerator)
 
+    def _upscale_task(self) -> UpscaleTask:
+        bundle, recipe = self.bundle, self.recipe
+        vae = bundle.vae
+        if recipe.upscale.factor == 1:
+            raise ValueError("upscale.factor is 1, which asks for no upscaler: set it to 2")
+        if vae is None:
+            raise ValueError("upscale needs a VAE: train --stage vae first, or start from one with --init-from")
+        config = recipe.data.model_copy(update={"image_size": FACTOR * recipe.data.image_size})
+        large = self._read_pictures("data-large", config)
+        upscaler = self._model("upscale", lambda: build_upscaler(recipe, vae))
+        return UpscaleTask(upscaler, self.data, large, recipe, self.cache(), vae)
+
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
-        """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed."""
+        """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
+
+        A DALL·E that is given an image_prefix has that fresh and everything else from the checkpoint.
+        """
         torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
         model = build()
         initial = getattr(self._initial, stage, None)
         if initial is not None:
-            model.load_state_dict(initial.state_dict())
+            fresh = {name: value for name, value in model.state_dict().items() if name.startswith("prefix.")}
+            model.load_state_dict({**fresh, **initial.state_dict()})
         return model
 
     def cache(self) -> TokenCache:
