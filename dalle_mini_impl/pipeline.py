@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -21,7 +22,9 @@ from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.pictures import to_rgb, to_square
 from dalle_mini_impl.editing import keep_first, keep_outside
+from dalle_mini_impl.embed import Embedder
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
+from dalle_mini_impl.pretrained_clip import PretrainedCLIP
 from dalle_mini_impl.rerank import score_pairs
 from dalle_mini_impl.sampling import resolve_precision, sample_rows
 from dalle_mini_impl.sheet import to_pil
@@ -73,19 +76,32 @@ class CaptionScores:
 class TextToImage:
     """A loaded checkpoint that draws: call it with a prompt, get ranked pictures."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Takes a bundle with a VAE and a DALL·E; without a CLIP, the other scores rank."""
+    def __init__(self, bundle: Bundle, embedder: Embedder | None = None) -> None:
+        """Takes a bundle with a VAE and a DALL·E, and the CLIP that ranks, by default the bundle's own.
+
+        Without a CLIP, the other scores rank.
+        """
         if bundle.vae is None or bundle.dalle is None:
             missing = " and ".join(name for name in ("vae", "dalle") if getattr(bundle, name) is None)
             raise ValueError(f"checkpoint {bundle.recipe.name!r} has no {missing}: train it before drawing")
         self.bundle = bundle
         self.vae: DiscreteVAE = bundle.vae
         self.dalle: DALLE = bundle.dalle
+        self.embedder: Embedder | None = bundle.embedder if embedder is None else embedder
 
     @classmethod
-    def from_pretrained(cls, name: str | Path = DEFAULT_CHECKPOINT, device: torch.device | str | None = None) -> Self:
-        """Loads a built-in checkpoint, a folder or a Hugging Face Hub id; ValueError says what is wrong with it."""
-        return cls(load_bundle(name, device))
+    def from_pretrained(
+        cls,
+        name: str | Path = DEFAULT_CHECKPOINT,
+        device: torch.device | str | None = None,
+        clip: str | Path | None = None,
+    ) -> Self:
+        """Loads a built-in checkpoint, a folder or a Hugging Face Hub id; ValueError says what is wrong with it.
+
+        clip: a pretrained CLIP or SigLIP that ranks instead of the checkpoint's own, a folder or a Hub id; see
+        `PretrainedCLIP`.
+        """
+        return cls(load_bundle(name, device), None if clip is None else PretrainedCLIP.load(clip, device))
 
     def save_pretrained(self, folder: str | Path, *, storage: Storage = "fp32") -> Path:
         """Writes the checkpoint folder; see `pretrained.save_bundle`."""
@@ -98,7 +114,7 @@ class TextToImage:
         Each is a log-likelihood: CLIP's scaled cosine and DALL·E's reading of the prompt, given the picture, and, with
         a small weight, the picture's own, given the prompt. None is wrong where the others are.
         """
-        has = {"clip_score": self.bundle.clip, "read_score": self.dalle.reading, "log_likelihood": self.dalle}
+        has = {"clip_score": self.embedder, "read_score": self.dalle.reading, "log_likelihood": self.dalle}
         return " + ".join(name for name, part in has.items() if part is not None)
 
     def settings(self, **changes: Any) -> SamplingConfig:
@@ -144,11 +160,16 @@ class TextToImage:
 
     def tokens_of(self, picture: Image.Image) -> Tensor:
         """The image ids (N,) of any picture, cut or fitted to a square as the training pictures were."""
-        data = self.bundle.recipe.data
-        pixels = torch.from_numpy(to_square(to_rgb(picture), data.image_size, data.fit)).permute(2, 0, 1)
-        device = next(self.vae.parameters()).device
-        with torch.no_grad():
-            return self.vae.encode(pixels[None].to(device).float() / 255)[0].cpu()
+        return self._encode([picture])[0].cpu()
+
+    @torch.no_grad()
+    def _encode(self, pictures: Tensor | Sequence[Image.Image]) -> Tensor:
+        """Image ids (n, N) of pictures (n, 3, S, S) in [0, 1], or of any PIL images."""
+        device, data = next(self.vae.parameters()).device, self.bundle.recipe.data
+        if not isinstance(pictures, Tensor):
+            squares = [to_square(to_rgb(picture), data.image_size, data.fit) for picture in pictures]
+            pictures = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
+        return self.vae.encode(pictures.to(device))
 
     def complete(
         self,
@@ -243,8 +264,8 @@ class TextToImage:
         return pictures
 
     @torch.no_grad()
-    def score(self, pictures: Tensor, captions: Sequence[str]) -> list[CaptionScores]:
-        """Scores captions[i] for picture i of pictures (n, 3, S, S) in [0, 1], by all that the checkpoint has.
+    def score(self, pictures: Tensor | Sequence[Image.Image], captions: Sequence[str]) -> list[CaptionScores]:
+        """Scores captions[i] for picture i, of (n, 3, S, S) in [0, 1] or of any PIL images, by all that there is.
 
         The likelihoods are of the picture as its tokens tell it. Raises ValueError unless there are as many captions.
         """
@@ -255,7 +276,7 @@ class TextToImage:
         found = []
         for first in range(0, len(captions), _DECODE_BATCH):
             part = slice(first, first + _DECODE_BATCH)
-            ids, text = self.vae.encode(pictures[part].to(device)), text_ids[part].to(device)
+            ids, text = self._encode(pictures[part]), text_ids[part].to(device)
             clip = self._clip_scores(pictures[part], captions[part])
             read = self._read_scores(ids, text)
             likelihoods = self.dalle.log_likelihood(text, ids).tolist()
@@ -272,14 +293,14 @@ class TextToImage:
 
     def _score(self, clip_score: float | None, read_score: float | None, log_likelihood: float) -> float:
         score = LIKELIHOOD_WEIGHT * log_likelihood
-        if self.bundle.clip is not None and clip_score is not None:
-            score += self.bundle.clip.scale * clip_score
+        if self.embedder is not None and clip_score is not None:
+            score += self.embedder.scale * clip_score
         return score if read_score is None else score + read_score
 
-    def _clip_scores(self, images: Tensor, prompts: Sequence[str]) -> list[float] | list[None]:
-        if self.bundle.clip is None:
+    def _clip_scores(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> list[float] | list[None]:
+        if self.embedder is None:
             return [None] * len(images)
-        scores: list[float] = score_pairs(self.bundle.clip, self.bundle.tokenizer, images, prompts).tolist()
+        scores: list[float] = score_pairs(self.embedder, images, prompts).tolist()
         return scores
 
     @torch.no_grad()

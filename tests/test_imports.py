@@ -30,6 +30,7 @@ LEVELS = [
         "search",
         "guided",
         "pretrained",
+        "pretrained_clip",
         "sheet",
     },
     {"training", "pipeline"},
@@ -50,6 +51,12 @@ WITHIN_A_LEVEL = {
     ("bench", "estimate"),
     ("rerank", "embed"),
     ("classify", "embed"),
+    ("embed", "data"),
+    ("pretrained", "embed"),
+    ("pretrained_clip", "embed"),
+    ("pretrained_clip", "data"),
+    ("pretrained_clip", "sheet"),
+    ("guided", "embed"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

@@ -31,6 +31,7 @@ _SHAPES_PROMPTS = 100
 
 def draw_curve(
     checkpoint: str,
+    clip: str | None,
     prompts_from: str,
     num_prompts: int | None,
     candidates: int,
@@ -47,7 +48,7 @@ def draw_curve(
     """
     plot = load_matplotlib()
     prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
-    model = TextToImage.from_pretrained(checkpoint, process_state().device)
+    model = TextToImage.from_pretrained(checkpoint, process_state().device, clip)
     scores: dict[str, list[list[float]]] = {"clip": [], "log_ratio": [], "reading": [], "rank": [], "oracle": []}
     for prompt, pictures in _draw(model, prompts, candidates, seed):
         scores["oracle"].append(judge_pictures(prompt, [picture.image for picture in pictures]))
@@ -55,7 +56,7 @@ def draw_curve(
         scores["reading"].append([picture.read_score for picture in pictures if picture.read_score is not None])
         scores["rank"].append([picture.score for picture in pictures])
         scores["clip"].append([picture.clip_score for picture in pictures if picture.clip_score is not None])
-    if model.bundle.clip is None:
+    if model.embedder is None:
         del scores["clip"]
     if model.dalle.reading is None:
         del scores["reading"]
@@ -64,6 +65,7 @@ def draw_curve(
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
         "checkpoint_hash": model.bundle.checkpoint_hash,
+        "clip": None if model.embedder is None else model.embedder.name,
         "prompts_from": prompts_from,
         "num_prompts": len(prompts),
         "candidates": candidates,
@@ -93,14 +95,14 @@ def _prompts_and_judge(
     if judge is None:
         raise ValueError("prompts of your own need --judge CHECKPOINT, whose CLIP judges what the other one ranks")
     bundle = load_bundle(judge, process_state().device)
-    if bundle.clip is None:
+    embedder = bundle.embedder
+    if embedder is None:
         raise ValueError(f"judge {judge!r} has no CLIP: give a checkpoint that has one")
     if bundle.checkpoint_hash == load_bundle(checkpoint).checkpoint_hash:
         raise ValueError(f"judge {judge!r} is the ranker itself: give a checkpoint with another CLIP")
-    clip, tokenizer = bundle.clip, bundle.tokenizer
 
     def score(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
-        scores: list[float] = rank_pictures(clip, tokenizer, _squares(pictures, clip.image_size), prompt).tolist()
+        scores: list[float] = rank_pictures(embedder, _squares(pictures, embedder.image_size), prompt).tolist()
         return scores
 
     return read_prompts(None, Path(prompts_from))[:num_prompts], score, f"mean CLIP score by {judge}"
