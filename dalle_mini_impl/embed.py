@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.data.pictures import Fit, to_rgb, to_square
@@ -47,6 +47,10 @@ class Embedder(Protocol):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Unit vectors (n, E) fp32 of texts, on the CPU; ValueError for none."""
@@ -86,6 +90,11 @@ class OwnCLIP:
     def device(self) -> torch.device:
         """See `Embedder`."""
         return self.clip.logit_scale.device
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Embedder`."""
+        return self.clip
 
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """See `Embedder`."""

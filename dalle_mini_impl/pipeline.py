@@ -7,10 +7,10 @@ pictures[0].image.save("heart.png")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.pictures import to_rgb, to_square
 from dalle_mini_impl.editing import keep_first, keep_outside
 from dalle_mini_impl.embed import Embedder
+from dalle_mini_impl.guided import GuideSettings, GuideStep, Prior, Prompt, guide, main_text, random_ids
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
 from dalle_mini_impl.pretrained_clip import PretrainedCLIP
 from dalle_mini_impl.rerank import score_pairs
@@ -32,7 +33,9 @@ from dalle_mini_impl.vae.model import DiscreteVAE
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of image tokens drawn so far and in all."""
+Start = Literal["noise", "dalle"]
 
+DEFAULT_CANDIDATES = 16
 DEFAULT_KEEP = 4
 LIKELIHOOD_WEIGHT = 0.03
 """Of the picture's own log-likelihood in its score: 0.01 to 0.1 ranks better than 0, on shapes and on emoji."""
@@ -262,6 +265,44 @@ class TextToImage:
                     )
                 )
         return pictures
+
+    def guide(
+        self,
+        prompts: str | Sequence[str | Prompt],
+        start: Start | Image.Image | Tensor = "noise",
+        *,
+        candidates: int = DEFAULT_CANDIDATES,
+        seed: int = 0,
+        settings: GuideSettings | None = None,
+    ) -> Iterator[GuideStep]:
+        """Moves the codes of one picture to where CLIP finds the prompts in it (VQGAN+CLIP); yields it step by step.
+
+        prompts: one, or several; "text:0.5" has a weight, one below 0 says what should not be there. start: see
+        `starting_tokens`; or any picture, or image ids (N,). The rest: see `guided.guide`. Raises ValueError without a
+        CLIP.
+        """
+        if self.embedder is None:
+            raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no CLIP to guide by: name a pretrained one")
+        settings = settings or GuideSettings()
+        given = [prompts] if isinstance(prompts, str) else prompts
+        parsed = [prompt if isinstance(prompt, Prompt) else Prompt.parse(prompt) for prompt in given]
+        if isinstance(start, Image.Image):
+            start = self.tokens_of(start)
+        elif not isinstance(start, Tensor):
+            start = self.starting_tokens(parsed, start, candidates, seed)
+        prior = None
+        if settings.prior:
+            text_ids = self.bundle.tokenizer.batch([main_text(parsed)], self.bundle.stream.text_length)[0]
+            prior = Prior(self.dalle, text_ids.to(self.dalle.image_head.weight.device))
+        return guide(self.vae, self.embedder, parsed, start=start, seed=seed, settings=settings, prior=prior)
+
+    def starting_tokens(
+        self, prompts: Sequence[Prompt], start: Start, candidates: int = DEFAULT_CANDIDATES, seed: int = 0
+    ) -> Tensor:
+        """Image ids (N,) to guide from: random ones, or DALL·E's best of `candidates` for the main prompt."""
+        if start == "noise":
+            return random_ids(self.vae, seed)
+        return self(main_text(prompts), candidates, 1, seed)[0].tokens
 
     @torch.no_grad()
     def score(self, pictures: Tensor | Sequence[Image.Image], captions: Sequence[str]) -> list[CaptionScores]:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle_mini_impl.data.pictures import to_rgb
 from dalle_mini_impl.embed import Pictures, joined, stacked
@@ -96,6 +96,12 @@ class PretrainedCLIP:
         """See `Embedder`."""
         device: torch.device = self.model.logit_scale.device
         return device
+
+    @property
+    def module(self) -> nn.Module:
+        """See `Embedder`."""
+        module: nn.Module = self.model
+        return module
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:

@@ -19,6 +19,7 @@ from dalle_mini_impl.threads import use_all_cores
 VERBS = {
     "sample": "Draw pictures for prompts and rank them.",
     "train": "Train on captioned pictures, every stage in turn.",
+    "guide": "Move a picture's codes to where CLIP finds the prompts in it (VQGAN+CLIP).",
     "rerank": "Rank a folder of pictures against a prompt, or plot quality against the number of candidates.",
     "classify": "Tell which of some labels pictures show, without training.",
     "score": "Say how well captions fit pictures.",
