@@ -91,8 +91,9 @@ class GuideSettings(Section):
     """Weight of the picture's total variation, the mean square difference of neighbouring pixels."""
     nearness: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean square distance of the decoder's input to that of the start."""
-    prior: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of DALL·E's opinion: nats a token that the codes cost, given the first prompt and the tokens before."""
+    prior: Annotated[float, Field(ge=0)] = 0.05
+    """Weight of DALL·E's opinion: nats a token that the codes cost, given the first prompt and the tokens before.
+    Without it, a small CLIP is content with what no picture looks like."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class _Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradient * (gradient * (x - x.clamp(0, 1)) >= 0)
+        passed: Tensor = gradient * (gradient * (x - x.clamp(0, 1)) >= 0)
+        return passed
 
 
 def clamp_with_gradient(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ QUANTIZERS = {
     "fsq": ["vae.quantizer=fsq", "vae.fsq_levels=[4,3,3]"],
     "gumbel": ["vae.quantizer=gumbel"],
 }
-FEW = GuideSettings(steps=20, cutouts=3)
+FEW = GuideSettings(steps=20, cutouts=3, prior=0)
 
 
 @pytest.fixture(params=list(QUANTIZERS))
@@ -104,7 +104,7 @@ def test_hard_codes_go_to_the_decoder_and_the_gradient_passes_the_rounding(bundl
 def test_the_score_rises(bundle: Bundle) -> None:
     vae, clip = bundle.vae, bundle.embedder
     assert vae is not None and clip is not None
-    steps = steps_of(tamed(bundle), settings=GuideSettings(steps=30, cutouts=1))
+    steps = steps_of(tamed(bundle), settings=GuideSettings(steps=30, cutouts=1, prior=0))
     assert [step.step for step in steps] == list(range(31))
     assert np.mean([step.score for step in steps[-3:]]) > steps[0].score + 0.03
     assert np.mean([step.loss for step in steps[-3:]]) < steps[0].loss
@@ -217,8 +217,10 @@ def test_what_cannot_be_guided_is_refused_before_the_first_step() -> None:
             model.guide("text", start)
     assert bundle.embedder is not None
     prior = Prior(model.dalle, bundle.tokenizer.batch(["text"], bundle.stream.text_length)[0])
-    with pytest.raises(ValueError, match="prior's weight is 0"):
-        guide(model.vae, bundle.embedder, [Prompt("text")], start=random_ids(model.vae, 0), prior=prior)
+    with pytest.raises(ValueError, match="prior's weight is 0:"):
+        guide(model.vae, bundle.embedder, [Prompt("text")], start=random_ids(model.vae, 0), settings=FEW, prior=prior)
+    with pytest.raises(ValueError, match=r"prior's weight is 0.05:"):
+        guide(model.vae, bundle.embedder, [Prompt("text")], start=random_ids(model.vae, 0))
     without = TextToImage(Bundle(**{**vars(bundle), "clip": None}))
     with pytest.raises(ValueError, match="has no CLIP to guide by"):
         without.guide("text")
@@ -391,7 +393,7 @@ def test_the_judges_of_the_benchmark_know_right_from_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = str(tiny_checkpoint(tmp_path / "tiny"))
-    monkeypatch.setattr(bench, "shapes_judge", lambda prompt, picture: "red" in prompt)
+    monkeypatch.setattr(bench, "shapes_judge", lambda prompt, picture: float("red" in prompt))
     bench.main(checkpoint, "shapes", "random,noise,dalle-guided", 4, 2, 0, None, ["steps=2", "cutouts=2"], tmp_path)
     said = capsys.readouterr().out
     facts = json.loads(said.splitlines()[-1])

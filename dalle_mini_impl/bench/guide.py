@@ -18,17 +18,18 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from dalle_mini_impl.data.checker import check_caption
+from dalle_mini_impl.data.checker import check
 from dalle_mini_impl.data.emoji import BACKGROUNDS, SCENE_EMOJI, EmojiScene, Placed, cells_of, render, survey
 from dalle_mini_impl.data.emoji_font import find_font
 from dalle_mini_impl.data.emoji_names import with_article
 from dalle_mini_impl.data.scenes import COLOURS, SHAPES
+from dalle_mini_impl.data.shape_captions import parse_caption
 from dalle_mini_impl.guided import GuideSettings, random_ids
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.sheet import Row, contact_sheet, save_sheet, to_pil
 
-Judge = Callable[[str, Tensor], bool]
-"""Whether a picture (3, S, S) in [0, 1] shows what a prompt says."""
+Judge = Callable[[str, Tensor], float]
+"""How well a picture (3, S, S) in [0, 1] shows what a prompt says, from 0 to 1; 1 is right."""
 STARTS = ("random", "noise", "dalle", "dalle-guided")
 """random codes; guided from there; DALL·E's best of some, unguided; guided from there."""
 
@@ -49,19 +50,22 @@ class GlyphJudge:
         ]
         self.references = self._features(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255)
 
-    def __call__(self, prompt: str, picture: Tensor) -> bool:
-        """Whether the nearest glyph is the one that the prompt names."""
+    def __call__(self, prompt: str, picture: Tensor) -> float:
+        """The share of the other glyphs that are farther from the picture than the one that the prompt names."""
         distances = torch.cdist(self._features(picture[None]), self.references)[0]
-        return self.names[int(distances.argmin()) // len(BACKGROUNDS)] == prompt
+        nearest = distances.view(len(self.names), -1).min(dim=1).values
+        farther = nearest > nearest[self.names.index(prompt)]
+        return int(farther.sum()) / (len(self.names) - 1)
 
     @staticmethod
     def _features(pictures: Tensor) -> Tensor:
         return F.avg_pool2d(pictures, 4).flatten(1)
 
 
-def shapes_judge(prompt: str, picture: Tensor) -> bool:
-    """Whether every claim of a caption holds, by the checker."""
-    return check_caption(np.asarray(to_pil(picture[None])[0]), prompt)
+def shapes_judge(prompt: str, picture: Tensor) -> float:
+    """The share of a caption's claims that hold, by the checker."""
+    verdict = check(np.asarray(to_pil(picture[None])[0]), parse_caption(prompt))
+    return sum(verdict.holds) / len(verdict.holds)
 
 
 def prompts_and_judge(model: TextToImage, kind: str, count: int) -> tuple[list[str], Judge]:
@@ -100,7 +104,11 @@ def main(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Changes of GuideSettings, as steps=100.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for guide.json and sheet.png.")] = None,
 ) -> None:
-    """Judge guided pictures: the share that is right, start by start, and how CLIP's score rose."""
+    """Judge guided pictures, start by start: the share that is right, their mean grade, and how CLIP's score rose.
+
+    The grade of shapes is the share of claims that hold, that of emoji the share of other glyphs that are farther from
+    the picture than the right one: 0.5 is chance.
+    """
     if kind not in ("emoji", "shapes") or not set(starts.split(",")) <= set(STARTS):
         raise typer.BadParameter(f"--kind is emoji or shapes, and --starts are some of {', '.join(STARTS)}")
     changes = dict(change.split("=", 1) for change in settings or [])
@@ -110,7 +118,8 @@ def main(
     rows: list[Row] = []
     facts: dict[str, Any] = {"checkpoint": checkpoint, "checkpoint_hash": model.bundle.checkpoint_hash}
     facts |= {"prompts": len(names), "candidates": candidates, "seed": seed, "settings": how.model_dump()}
-    typer.echo(f"{'start':<14} {'right':>14}  {'first score':>11}  {'last score':>10}  {'s a picture':>11}")
+    heads = f"{'grade':>5}  {'first score':>11}  {'last score':>10}  {'s a picture':>11}"
+    typer.echo(f"{'start':<14} {'right':>14}  {heads}")
     for start in starts.split(","):
         facts[start], row = _measure(model, names, judge, start, candidates, seed, how)
         rows.append(row)
@@ -126,20 +135,21 @@ def main(
 def _measure(
     model: TextToImage, names: Sequence[str], judge: Judge, start: str, candidates: int, seed: int, how: GuideSettings
 ) -> tuple[dict[str, Any], Row]:
-    right, cells, scores = [], [], []
+    grades, cells, scores = [], [], []
     began = time.perf_counter()
     for index, name in enumerate(names):
         picture, course = draw(model, name, start, candidates, seed + index, how)
-        right.append(judge(name, picture))
+        grades.append(judge(name, picture))
         scores += [(course[0], course[-1])] if course else []
-        cells.append((to_pil(picture[None])[0], f"{'right' if right[-1] else 'wrong'}: {name}"))
+        cells.append((to_pil(picture[None])[0], f"{grades[-1]:.2f} {name}"))
     seconds = (time.perf_counter() - began) / len(names)
+    right, grade = sum(value == 1 for value in grades), float(np.mean(grades))
     first, last = (float(np.mean(column)) for column in zip(*scores, strict=True)) if scores else (None, None)
-    shown = [f"{value:.3f}" if value is not None else "" for value in (first, last)]
-    share = f"{sum(right)} of {len(right)} ({np.mean(right):.0%})"
-    typer.echo(f"{start:<14} {share:>14}  {shown[0]:>11}  {shown[1]:>10}  {seconds:>11.1f}")
-    found = {"right": sum(right), "first_score": first, "last_score": last, "seconds": seconds}
-    return found, (f"{start}: {share}", cells)
+    shown = [f"{value:.3f}" if value is not None else "" for value in (grade, first, last)]
+    share = f"{right} of {len(names)} ({right / len(names):.0%})"
+    typer.echo(f"{start:<14} {share:>14}  {shown[0]:>5}  {shown[1]:>11}  {shown[2]:>10}  {seconds:>11.1f}")
+    found = {"right": right, "grade": grade, "first_score": first, "last_score": last, "seconds": seconds}
+    return found, (f"{start}: {share} right, grade {grade:.2f}", cells)
 
 
 if __name__ == "__main__":
