@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -22,8 +23,10 @@ from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.pictures import to_rgb, to_square
 from dalle_mini_impl.decoding import Partial
 from dalle_mini_impl.editing import keep_first, keep_outside
-from dalle_mini_impl.embed import encode_pictures, encode_texts
+from dalle_mini_impl.embed import Embedder, encode_pictures, encode_texts
+from dalle_mini_impl.guided import GuideSettings, GuideStep, Prior, Prompt, guide, main_text, random_ids
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
+from dalle_mini_impl.pretrained_clip import PretrainedCLIP
 from dalle_mini_impl.rerank import score_pairs
 from dalle_mini_impl.sampling import Samples, resolve_precision, sample_rows, stream_rows
 from dalle_mini_impl.sheet import to_pil
@@ -32,7 +35,9 @@ from dalle_mini_impl.vae.model import DiscreteVAE
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of image tokens drawn so far and in all."""
+Start = Literal["noise", "dalle"]
 
+DEFAULT_CANDIDATES = 16
 DEFAULT_KEEP = 4
 DEFAULT_STRENGTHS = (0.2, 0.35, 0.5)
 """How far `TextToImage.change` turns a picture's embedding to the difference of the captions."""
@@ -95,19 +100,32 @@ class Drawing:
 class TextToImage:
     """A loaded checkpoint that draws: call it with a prompt, get ranked pictures."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        """Takes a bundle with a VAE and a DALL·E; without a CLIP, the other scores rank."""
+    def __init__(self, bundle: Bundle, embedder: Embedder | None = None) -> None:
+        """Takes a bundle with a VAE and a DALL·E, and the CLIP that ranks, by default the bundle's own.
+
+        Without a CLIP, the other scores rank.
+        """
         if bundle.vae is None or bundle.dalle is None:
             missing = " and ".join(name for name in ("vae", "dalle") if getattr(bundle, name) is None)
             raise ValueError(f"checkpoint {bundle.recipe.name!r} has no {missing}: train it before drawing")
         self.bundle = bundle
         self.vae: DiscreteVAE = bundle.vae
         self.dalle: DALLE = bundle.dalle
+        self.embedder: Embedder | None = bundle.embedder if embedder is None else embedder
 
     @classmethod
-    def from_pretrained(cls, name: str | Path = DEFAULT_CHECKPOINT, device: torch.device | str | None = None) -> Self:
-        """Loads a built-in checkpoint, a folder or a Hugging Face Hub id; ValueError says what is wrong with it."""
-        return cls(load_bundle(name, device))
+    def from_pretrained(
+        cls,
+        name: str | Path = DEFAULT_CHECKPOINT,
+        device: torch.device | str | None = None,
+        clip: str | Path | None = None,
+    ) -> Self:
+        """Loads a built-in checkpoint, a folder or a Hugging Face Hub id; ValueError says what is wrong with it.
+
+        clip: a pretrained CLIP or SigLIP that ranks instead of the checkpoint's own, a folder or a Hub id; see
+        `PretrainedCLIP`.
+        """
+        return cls(load_bundle(name, device), None if clip is None else PretrainedCLIP.load(clip, device))
 
     def save_pretrained(self, folder: str | Path, *, storage: Storage = "fp32") -> Path:
         """Writes the checkpoint folder; see `pretrained.save_bundle`."""
@@ -120,7 +138,7 @@ class TextToImage:
         Each is a log-likelihood: CLIP's scaled cosine and DALL·E's reading of the prompt, given the picture, and, with
         a small weight, the picture's own, given the prompt. None is wrong where the others are.
         """
-        has = {"clip_score": self.bundle.clip, "read_score": self.dalle.reading, "log_likelihood": self.dalle}
+        has = {"clip_score": self.embedder, "read_score": self.dalle.reading, "log_likelihood": self.dalle}
         return " + ".join(name for name, part in has.items() if part is not None)
 
     def settings(self, **changes: Any) -> SamplingConfig:
@@ -173,14 +191,20 @@ class TextToImage:
 
     def tokens_of(self, picture: Image.Image) -> Tensor:
         """The image ids (N,) of any picture, cut or fitted to a square as the training pictures were."""
-        with torch.no_grad():
-            return self.vae.encode(self._pixels_of(picture).to(next(self.vae.parameters()).device))[0].cpu()
+        return self._encode([picture])[0].cpu()
 
-    def _pixels_of(self, picture: Image.Image) -> Tensor:
-        """(1, 3, S, S) in [0, 1]."""
+    @torch.no_grad()
+    def _encode(self, pictures: Tensor | Sequence[Image.Image]) -> Tensor:
+        """Image ids (n, N) of pictures (n, 3, S, S) in [0, 1], or of any PIL images."""
+        if not isinstance(pictures, Tensor):
+            pictures = self._pixels_of(pictures)
+        return self.vae.encode(pictures.to(next(self.vae.parameters()).device))
+
+    def _pixels_of(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Any PIL images as the models see them, (n, 3, S, S) in [0, 1]."""
         data = self.bundle.recipe.data
-        pixels = torch.from_numpy(to_square(to_rgb(picture), data.image_size, data.fit)).permute(2, 0, 1)
-        return pixels[None].float() / 255
+        squares = [to_square(to_rgb(picture), data.image_size, data.fit) for picture in pictures]
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
 
     def complete(
         self,
@@ -393,7 +417,7 @@ class TextToImage:
 
         Raises ValueError for a checkpoint that doesn't draw by embeddings.
         """
-        return encode_pictures(embedding_clip(self.bundle), self._pixels_of(picture))[0]
+        return encode_pictures(embedding_clip(self.bundle), self._pixels_of([picture]))[0]
 
     def draw_by_embeddings(
         self,
@@ -466,9 +490,47 @@ class TextToImage:
         changed = torch.stack([change_by_text(own, texts[0], texts[1], strength) for strength in strengths])
         return self.draw_by_embeddings(changed, prompt, is_sequence=True, **options)
 
+    def guide(
+        self,
+        prompts: str | Sequence[str | Prompt],
+        start: Start | Image.Image | Tensor = "noise",
+        *,
+        candidates: int = DEFAULT_CANDIDATES,
+        seed: int = 0,
+        settings: GuideSettings | None = None,
+    ) -> Iterator[GuideStep]:
+        """Moves the codes of one picture to where CLIP finds the prompts in it (VQGAN+CLIP); yields it step by step.
+
+        prompts: one, or several; "text:0.5" has a weight, one below 0 says what should not be there. start: see
+        `starting_tokens`; or any picture, or image ids (N,). The rest: see `guided.guide`. Raises ValueError without a
+        CLIP.
+        """
+        if self.embedder is None:
+            raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no CLIP to guide by: name a pretrained one")
+        settings = settings or GuideSettings()
+        given = [prompts] if isinstance(prompts, str) else prompts
+        parsed = [prompt if isinstance(prompt, Prompt) else Prompt.parse(prompt) for prompt in given]
+        if isinstance(start, Image.Image):
+            start = self.tokens_of(start)
+        elif not isinstance(start, Tensor):
+            start = self.starting_tokens(parsed, start, candidates, seed)
+        prior = None
+        if settings.prior:
+            text_ids = self.bundle.tokenizer.batch([main_text(parsed)], self.bundle.stream.text_length)[0]
+            prior = Prior(self.dalle, text_ids.to(self.dalle.image_head.weight.device))
+        return guide(self.vae, self.embedder, parsed, start=start, seed=seed, settings=settings, prior=prior)
+
+    def starting_tokens(
+        self, prompts: Sequence[Prompt], start: Start, candidates: int = DEFAULT_CANDIDATES, seed: int = 0
+    ) -> Tensor:
+        """Image ids (N,) to guide from: random ones, or DALL·E's best of `candidates` for the main prompt."""
+        if start == "noise":
+            return random_ids(self.vae, seed)
+        return self(main_text(prompts), candidates, 1, seed)[0].tokens
+
     @torch.no_grad()
-    def score(self, pictures: Tensor, captions: Sequence[str]) -> list[CaptionScores]:
-        """Scores captions[i] for picture i of pictures (n, 3, S, S) in [0, 1], by all that the checkpoint has.
+    def score(self, pictures: Tensor | Sequence[Image.Image], captions: Sequence[str]) -> list[CaptionScores]:
+        """Scores captions[i] for picture i, of (n, 3, S, S) in [0, 1] or of any PIL images, by all that there is.
 
         The likelihoods are of the picture as its tokens tell it. Raises ValueError unless there are as many captions.
         """
@@ -479,7 +541,7 @@ class TextToImage:
         found = []
         for first in range(0, len(captions), _DECODE_BATCH):
             part = slice(first, first + _DECODE_BATCH)
-            ids, text = self.vae.encode(pictures[part].to(device)), text_ids[part].to(device)
+            ids, text = self._encode(pictures[part]), text_ids[part].to(device)
             clip = self._clip_scores(pictures[part], captions[part])
             read = self._read_scores(ids, text)
             likelihoods = self.dalle.log_likelihood(text, ids).tolist()
@@ -503,14 +565,14 @@ class TextToImage:
 
     def _score(self, clip_score: float | None, read_score: float | None, log_likelihood: float) -> float:
         score = LIKELIHOOD_WEIGHT * log_likelihood
-        if self.bundle.clip is not None and clip_score is not None:
-            score += self.bundle.clip.scale * clip_score
+        if self.embedder is not None and clip_score is not None:
+            score += self.embedder.scale * clip_score
         return score if read_score is None else score + read_score
 
-    def _clip_scores(self, images: Tensor, prompts: Sequence[str]) -> list[float] | list[None]:
-        if self.bundle.clip is None:
+    def _clip_scores(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> list[float] | list[None]:
+        if self.embedder is None:
             return [None] * len(images)
-        scores: list[float] = score_pairs(self.bundle.clip, self.bundle.tokenizer, images, prompts).tolist()
+        scores: list[float] = score_pairs(self.embedder, images, prompts).tolist()
         return scores
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from dalle_mini_impl import __version__
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.embed import OwnCLIP
 from dalle_mini_impl.files import write_atomically, write_json
 from dalle_mini_impl.prior import Prior
 from dalle_mini_impl.stream import Stream
@@ -61,6 +62,14 @@ class Bundle:
     upscale: Upscaler | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checkpoint_hash: str = "unsaved"
+
+    @property
+    def embedder(self) -> OwnCLIP | None:
+        """Its CLIP as what ranks, classifies, searches and guides; None where there is none."""
+        if self.clip is None:
+            return None
+        name = f"{self.recipe.name}@{self.checkpoint_hash}"
+        return OwnCLIP(self.clip, self.tokenizer, name, self.recipe.data.fit)
 
 
 def make_stream(recipe: Recipe, tokenizer: TextTokenizer, text_length: int) -> Stream:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.clip import CLIP
-from dalle_mini_impl.embed import encode_pictures, encode_texts
-from dalle_mini_impl.text import TextTokenizer
+from dalle_mini_impl.embed import Embedder, Pictures
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -19,22 +18,25 @@ CURVE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def score_pairs(
-    clip: CLIP, tokenizer: TextTokenizer, pictures: Tensor, prompts: Sequence[str], batch_size: int = 64
+    embedder: Embedder, pictures: Tensor | Sequence[Image.Image], prompts: Sequence[str], batch_size: int = 64
 ) -> Tensor:
-    """Cosine similarity (n,) float32 in [-1, 1] of picture i, (n, 3, S, S) in [0, 1], and prompts[i]."""
+    """Cosine similarity (n,) float32 in [-1, 1] of picture i and prompts[i].
+
+    pictures: (n, 3, S, S) in [0, 1], or PIL images, which the embedder preprocesses as in its training.
+    """
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures came with {len(prompts)} prompts: give as many")
     if not prompts:
         return torch.zeros(0)
     unique = list(dict.fromkeys(prompts))
-    text_vectors = encode_texts(clip, tokenizer, unique, batch_size)
+    text_vectors = embedder.encode_texts(unique, batch_size)
     owner = torch.tensor([unique.index(prompt) for prompt in prompts], dtype=torch.long)
-    return (encode_pictures(clip, pictures, batch_size) * text_vectors[owner]).sum(dim=1)
+    return (embedder.encode_pictures(pictures, batch_size) * text_vectors[owner]).sum(dim=1)
 
 
-def rank_pictures(clip: CLIP, tokenizer: TextTokenizer, pictures: Tensor, prompt: str, batch_size: int = 64) -> Tensor:
-    """CLIP scores (n,) of pictures (n, 3, S, S) in [0, 1] against one prompt: sort descending for the ranking."""
-    return score_pairs(clip, tokenizer, pictures, [prompt] * len(pictures), batch_size)
+def rank_pictures(embedder: Embedder, pictures: Pictures, prompt: str, batch_size: int = 64) -> Tensor:
+    """CLIP scores (n,) of pictures against one prompt: sort descending for the ranking. pictures: see `embed`."""
+    return (embedder.encode_pictures(pictures, batch_size) * embedder.encode_texts([prompt])).sum(dim=1)
 
 
 def best_of_n(scores: FloatArray, quality: FloatArray, size: int) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dalle_mini_impl.files import write_atomically, write_json
 
 ENTRIES, VECTORS = "index.json", "vectors.npy"
-FORMAT = 1
+FORMAT = 2
 Embed = Callable[[Sequence[Path]], tuple[list[Path], Tensor]]
 """Reads some pictures: those that could be read, and their unit vectors (n, E)."""
 
@@ -62,12 +62,12 @@ class Changes:
 class PictureIndex:
     """Pictures of one folder, embedded by one CLIP.
 
-    folder: absolute path of the pictures. checkpoint_hash: of the checkpoint whose CLIP made the vectors. vectors:
-    (n, E) float32, a unit vector an entry.
+    folder: absolute path of the pictures. clip: `Embedder.name` of the CLIP that made the vectors. vectors: (n, E)
+    float32, a unit vector an entry.
     """
 
-    def __init__(self, folder: Path, checkpoint_hash: str, entries: Sequence[Entry], vectors: Tensor) -> None:
-        self.folder, self.checkpoint_hash = folder, checkpoint_hash
+    def __init__(self, folder: Path, clip: str, entries: Sequence[Entry], vectors: Tensor) -> None:
+        self.folder, self.clip = folder, clip
         self.entries, self.vectors = list(entries), vectors
 
     @classmethod
@@ -83,7 +83,7 @@ class PictureIndex:
             vectors = torch.from_numpy(np.load(place / values["vectors"])).float()
             if len(vectors) != len(entries):
                 raise ValueError(f"{len(entries)} pictures but {len(vectors)} vectors")
-            return cls(Path(values["folder"]), values["checkpoint_hash"], entries, vectors)
+            return cls(Path(values["folder"]), values["clip"], entries, vectors)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the index in {place} can't be read ({error}): delete it and index again") from None
 
@@ -101,7 +101,7 @@ class PictureIndex:
             {
                 "format": FORMAT,
                 "folder": str(self.folder),
-                "checkpoint_hash": self.checkpoint_hash,
+                "clip": self.clip,
                 "vectors": name,
                 "entries": [asdict(entry) for entry in self.entries],
             },
@@ -130,7 +130,7 @@ class PictureIndex:
             unreadable=len(todo) - len(added),
         )
         entries = [*(entry for entry, _ in kept), *added]
-        return PictureIndex(self.folder, self.checkpoint_hash, entries, vectors), changes
+        return PictureIndex(self.folder, self.clip, entries, vectors), changes
 
     def search(self, query: Tensor, top: int = 12) -> list[Hit]:
         """The `top` pictures nearest to a unit vector (E,), best first; of equal ones the earlier path."""

@@ -16,9 +16,10 @@ from PIL import Image
 from dalle_mini_impl.classify import ZeroShotClassifier
 from dalle_mini_impl.cli.classify import read_labels
 from dalle_mini_impl.cli.origin import Origin
-from dalle_mini_impl.cli.pictures import clip_of, read_pictures, read_square
+from dalle_mini_impl.cli.pictures import read_picture
 from dalle_mini_impl.cli.sample import common_facts, write_picture
 from dalle_mini_impl.cli.search import query_vector
+from dalle_mini_impl.data.pictures import PictureError
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.search import PictureIndex
 
@@ -93,22 +94,19 @@ class Page:
         """Probability of each label for a picture."""
         if not picture:
             raise gr.Error("load a picture first", print_exception=False)
-        bundle = self.model.bundle
         names = _checked(read_labels, labels.replace("\n", ","))
-        classifier = _checked(ZeroShotClassifier, _checked(clip_of, bundle), bundle.tokenizer, names)
-        read, pictures = read_pictures([Path(picture)], bundle)
-        if not read:
-            raise gr.Error("this picture can't be read", print_exception=False)
-        return dict(zip(names, classifier.probabilities(pictures)[0].tolist(), strict=True))
+        classifier = _checked(ZeroShotClassifier, self.model.embedder, names)
+        shares = classifier.probabilities([_checked(read_picture, Path(picture))])[0].tolist()
+        return dict(zip(names, shares, strict=True))
 
     def search(self, text: str, like: str | None, top: float) -> Shown:
         """The pictures of the index that are nearest to a text, a picture, or both."""
         if not text.strip() and not like:
             raise gr.Error("write what to look for, or load a picture that is like it", print_exception=False)
         assert self.index is not None
-        query = _checked(query_vector, self.model.bundle, text.strip() or None, Path(like) if like else None)
+        query = _checked(query_vector, self.model.embedder, text.strip() or None, Path(like) if like else None)
         hits = [hit for hit in self.index.search(query, int(top)) if hit.path.is_file()]
-        return [(read_square(hit.path, self.model.bundle), f"{hit.score:.3f} {hit.path.name}") for hit in hits]
+        return [(read_picture(hit.path), f"{hit.score:.3f} {hit.path.name}") for hit in hits]
 
 
 def build_page(
@@ -151,7 +149,7 @@ def build_page(
             parts: list[Any] = [origin, new_prompt, share, candidates, keep, new_seed]
             vary.click(page.vary, parts, [variations, new_status], api_name="vary")
         gallery.select(_selected, None, origin, api_visibility="private")
-        if model.bundle.clip is not None:
+        if model.embedder is not None:
             with gr.Tab("Classify"):
                 picture = gr.Image(type="filepath", label="Picture", height=256)
                 labels = gr.Textbox(label="Labels, a comma or a line between them", lines=3)
@@ -190,5 +188,5 @@ def _checked(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a function; what it has to say of bad input is shown on the page."""
     try:
         return function(*args, **kwargs)
-    except ValueError as error:
+    except (ValueError, PictureError) as error:
         raise gr.Error(str(error), print_exception=False) from None

@@ -32,9 +32,9 @@ def run(*arguments: str) -> int:
 
 def test_probabilities_are_a_softmax_of_scaled_cosines() -> None:
     bundle = tiny()
-    assert bundle.clip is not None
+    assert bundle.clip is not None and bundle.embedder is not None
     pictures = torch.rand(5, 3, 16, 16)
-    probabilities = ZeroShotClassifier(bundle.clip, bundle.tokenizer, LABELS).probabilities(pictures)
+    probabilities = ZeroShotClassifier(bundle.embedder, LABELS).probabilities(pictures)
     cosines = encode_pictures(bundle.clip, pictures) @ encode_texts(bundle.clip, bundle.tokenizer, LABELS).t()
     torch.testing.assert_close(probabilities, (bundle.clip.scale * cosines).softmax(dim=1))
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(5))
@@ -42,9 +42,9 @@ def test_probabilities_are_a_softmax_of_scaled_cosines() -> None:
 
 def test_templates_are_averaged_in_clips_space() -> None:
     bundle = tiny()
-    assert bundle.clip is not None
+    assert bundle.clip is not None and bundle.embedder is not None
     templates = ["{}", "a picture of {}"]
-    classifier = ZeroShotClassifier(bundle.clip, bundle.tokenizer, LABELS, templates)
+    classifier = ZeroShotClassifier(bundle.embedder, LABELS, templates)
     for label, direction in zip(LABELS, classifier.directions, strict=True):
         vectors = encode_texts(bundle.clip, bundle.tokenizer, [template.format(label) for template in templates])
         mean = vectors.mean(dim=0)
@@ -62,9 +62,9 @@ def test_templates_are_averaged_in_clips_space() -> None:
 )
 def test_labels_that_make_no_choice_are_refused(labels: list[str], templates: list[str], message: str) -> None:
     bundle = tiny()
-    assert bundle.clip is not None
+    assert bundle.clip is not None and bundle.embedder is not None
     with pytest.raises(ValueError, match=message):
-        ZeroShotClassifier(bundle.clip, bundle.tokenizer, labels, templates)
+        ZeroShotClassifier(bundle.embedder, labels, templates)
 
 
 def test_the_shipped_clip_knows_what_was_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ LEVELS = [
         "unclip",
         "guided",
         "pretrained",
+        "pretrained_clip",
         "sheet",
     },
     {"training", "pipeline"},
@@ -57,6 +58,12 @@ WITHIN_A_LEVEL = {
     ("classify", "embed"),
     ("unclip", "embed"),
     ("unclip", "pretrained"),
+    ("embed", "data"),
+    ("pretrained", "embed"),
+    ("pretrained_clip", "embed"),
+    ("pretrained_clip", "data"),
+    ("pretrained_clip", "sheet"),
+    ("guided", "embed"),
 }
 """Imports between neighbours of a level; those inside of one directory are always fine."""
 

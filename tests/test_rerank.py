@@ -56,17 +56,15 @@ def test_a_curve_of_nothing_is_refused() -> None:
 
 def test_scores_depend_on_the_pair_alone() -> None:
     bundle = tiny_bundle()
-    assert bundle.clip is not None
+    assert bundle.embedder is not None
     pictures = torch.rand(6, 3, 16, 16)
     prompts = [TINY_CAPTIONS[index % 3] for index in range(6)]
-    scores = score_pairs(bundle.clip, bundle.tokenizer, pictures, prompts)
+    scores = score_pairs(bundle.embedder, pictures, prompts)
     assert scores.shape == (6,) and (scores.abs() <= 1 + 1e-5).all()
-    assert torch.allclose(
-        score_pairs(bundle.clip, bundle.tokenizer, pictures, prompts, batch_size=4), scores, atol=1e-5
-    )
+    assert torch.allclose(score_pairs(bundle.embedder, pictures, prompts, batch_size=4), scores, atol=1e-5)
     for caption in range(3):
-        alone = rank_pictures(bundle.clip, bundle.tokenizer, pictures[caption::3], TINY_CAPTIONS[caption])
+        alone = rank_pictures(bundle.embedder, pictures[caption::3], TINY_CAPTIONS[caption])
         assert torch.allclose(alone, scores[caption::3], atol=1e-5)
-    assert score_pairs(bundle.clip, bundle.tokenizer, pictures[:0], []).shape == (0,)
+    assert score_pairs(bundle.embedder, pictures[:0], []).shape == (0,)
     with pytest.raises(ValueError, match="6 pictures came with 1 prompts"):
-        score_pairs(bundle.clip, bundle.tokenizer, pictures, ["x"])
+        score_pairs(bundle.embedder, pictures, ["x"])

@@ -19,12 +19,12 @@ CAPTIONS = ["a red circle", "a blue square above a green triangle", "two small y
 def test_each_score_is_its_models_own() -> None:
     bundle = tiny_bundle("dalle.reading_share=0.2")
     model = TextToImage(bundle)
-    assert bundle.clip is not None
+    assert bundle.clip is not None and bundle.embedder is not None
     pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     scores = model.score(pictures, CAPTIONS)
     ids = model.vae.encode(pictures)
     text = bundle.tokenizer.batch(CAPTIONS, bundle.stream.text_length)[0]
-    clip = score_pairs(bundle.clip, bundle.tokenizer, pictures, CAPTIONS)
+    clip = score_pairs(bundle.embedder, pictures, CAPTIONS)
     with torch.no_grad():
         likelihoods = model.dalle.log_likelihood(text, ids)
         readings = model.dalle.caption_log_likelihood(text, ids)

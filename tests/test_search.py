@@ -98,7 +98,7 @@ def test_an_index_comes_back_from_disk_and_replaces_the_one_before(tmp_path: Pat
     for _ in range(2):
         index.save(place)
     loaded = PictureIndex.load(place)
-    assert loaded.entries == index.entries and loaded.folder == index.folder and loaded.checkpoint_hash == "hash"
+    assert loaded.entries == index.entries and loaded.folder == index.folder and loaded.clip == "hash"
     assert torch.allclose(loaded.vectors, index.vectors, atol=1e-3)
     assert len(list(place.iterdir())) == 2, "the vectors of before are gone"
 
@@ -111,7 +111,7 @@ def test_a_damaged_index_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="delete it and index again"):
         PictureIndex.load(tmp_path)
     (tmp_path / ENTRIES).write_text(json.dumps({"format": 0}))
-    with pytest.raises(ValueError, match="this version reads 1"):
+    with pytest.raises(ValueError, match="this version reads 2"):
         PictureIndex.load(tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_the_index_lies_beside_the_pictures_unless_told_otherwise(
     assert "a red heart" in capsys.readouterr().out
     other = str(tiny_checkpoint(tmp_path / "tiny"))
     assert run("search", "a red heart", "--index", str(drawn), "--checkpoint", other) == 2
-    assert "made by another checkpoint" in capsys.readouterr().err
+    assert "made by another CLIP, emoji@" in capsys.readouterr().err
     assert run("search", "--index", str(drawn)) == 2
     assert "give a text" in capsys.readouterr().err
     assert run("search", "a heart", "--index", str(tmp_path)) == 2

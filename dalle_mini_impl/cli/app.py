@@ -23,6 +23,7 @@ VERBS = {
     "vary": "Draw variations of a picture.",
     "interpolate": "Draw the way from one picture to another.",
     "change": "Draw a picture changed as two captions say.",
+    "guide": "Move a picture's codes to where CLIP finds the prompts in it (VQGAN+CLIP).",
     "rerank": "Rank a folder of pictures against a prompt, or plot quality against the number of candidates.",
     "classify": "Tell which of some labels pictures show, without training.",
     "score": "Say how well captions fit pictures.",

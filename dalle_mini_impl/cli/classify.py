@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dalle_mini_impl.cli.pictures import CLIP_HELP
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -22,6 +24,7 @@ def classify(
         list[str] | None, typer.Option(help='Text around a label, "a picture of {}"; several are averaged.')
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hub id.")] = "emoji",
+    clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     accuracy: Annotated[
         bool, typer.Option("--accuracy", help="The name of a picture's folder is its true label: count and compare.")
     ] = False,
@@ -34,20 +37,15 @@ def classify(
     Prints the likeliest labels of each picture with their probabilities.
     """
     from dalle_mini_impl.classify import PLAIN_TEMPLATE, ZeroShotClassifier
-    from dalle_mini_impl.cli.pictures import clip_of, find_pictures, read_in_parts
+    from dalle_mini_impl.cli.pictures import find_pictures, load_embedder, read_pictures
     from dalle_mini_impl.cli.processes import process_state
-    from dalle_mini_impl.pretrained import load_bundle
 
     names = read_labels(labels)
-    bundle = load_bundle(checkpoint, process_state().device)
-    classifier = ZeroShotClassifier(clip_of(bundle), bundle.tokenizer, names, template or [PLAIN_TEMPLATE])
-    rows: list[dict[str, Any]] = []
-    for paths, images in read_in_parts(find_pictures(pictures), bundle):
-        rows += [
-            _row(path, names, shares) for path, shares in zip(paths, classifier.probabilities(images), strict=True)
-        ]
-    if not rows:
-        raise ValueError("there is no readable picture")
+    embedder = load_embedder(checkpoint, clip, process_state().device)
+    classifier = ZeroShotClassifier(embedder, names, template or [PLAIN_TEMPLATE])
+    paths: list[Path] = []
+    probabilities = classifier.probabilities(read_pictures(find_pictures(pictures), paths))
+    rows = [_row(path, names, shares) for path, shares in zip(paths, probabilities, strict=True)]
     for row in rows:
         likeliest = sorted(row["probabilities"].items(), key=lambda pair: -pair[1])[:_SHOWN]
         typer.echo("  ".join([f"{row['file']}:", *(f"{label} {share:.1%}" for label, share in likeliest)]))

@@ -32,6 +32,7 @@ _SHAPES_PROMPTS = 100
 
 def draw_curve(
     checkpoint: str,
+    clip: str | None,
     prompts_from: str,
     num_prompts: int | None,
     candidates: int,
@@ -48,7 +49,7 @@ def draw_curve(
     """
     plot = load_matplotlib()
     prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
-    model = TextToImage.from_pretrained(checkpoint, process_state().device)
+    model = TextToImage.from_pretrained(checkpoint, process_state().device, clip)
     scores, quality = [], []
     with progress_bar(len(prompts) * candidates * model.dalle.stream.num_image_tokens) as progress:
         for prompt, pictures in draw_candidates(model, prompts, candidates, seed, lambda done: progress(done, 0)):
@@ -58,6 +59,7 @@ def draw_curve(
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
         "checkpoint_hash": model.bundle.checkpoint_hash,
+        "clip": None if model.embedder is None else model.embedder.name,
         "prompts_from": prompts_from,
         "num_prompts": len(prompts),
         "candidates": candidates,
@@ -93,14 +95,14 @@ def _prompts_and_judge(
 def clip_judge(judge: str, checkpoint: str) -> tuple[Judge, str]:
     """The CLIP of another checkpoint as judge, and its name; ValueError where there is none or it is the same one."""
     bundle = load_bundle(judge, process_state().device)
-    if bundle.clip is None:
+    embedder = bundle.embedder
+    if embedder is None:
         raise ValueError(f"judge {judge!r} has no CLIP: give a checkpoint that has one")
     if bundle.checkpoint_hash == load_bundle(checkpoint).checkpoint_hash:
         raise ValueError(f"judge {judge!r} is the ranker itself: give a checkpoint with another CLIP")
-    clip, tokenizer = bundle.clip, bundle.tokenizer
 
     def score(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
-        scores: list[float] = rank_pictures(clip, tokenizer, _squares(pictures, clip.image_size), prompt).tolist()
+        scores: list[float] = rank_pictures(embedder, _squares(pictures, embedder.image_size), prompt).tolist()
         return scores
 
     return score, f"mean CLIP score by {judge}"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dalle_mini_impl.cli.pictures import CLIP_HELP
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -17,40 +19,40 @@ def index(
     folder: Annotated[Path, typer.Argument(help="Folder of pictures; those in folders below it, too.")],
     place: Annotated[Path | None, typer.Option("--index", help="Where the index goes. (default FOLDER/.index)")] = None,
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hub id, with a CLIP.")] = "emoji",
+    clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
 ) -> None:
     """Embed a folder's pictures for `dalle-mini search`; again, and only what is new or changed is embedded."""
     import torch
 
-    from dalle_mini_impl.cli.pictures import READ_AT_ONCE, clip_of, find_pictures, read_pictures
+    from dalle_mini_impl.cli.pictures import READ_AT_ONCE, find_pictures, load_embedder, read_pictures
     from dalle_mini_impl.cli.processes import process_state
-    from dalle_mini_impl.embed import encode_pictures
-    from dalle_mini_impl.pretrained import load_bundle
     from dalle_mini_impl.search import ENTRIES, PictureIndex
     from dalle_mini_impl.training.progress import counting
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of pictures")
-    bundle = load_bundle(checkpoint, process_state().device)
-    clip = clip_of(bundle)
+    embedder = load_embedder(checkpoint, clip, process_state().device)
     folder, place = folder.resolve(), default_place(folder) if place is None else place
-    before = PictureIndex(folder, bundle.checkpoint_hash, [], torch.zeros(0, 1))
+    before = PictureIndex(folder, embedder.name, [], torch.zeros(0, 1))
     if (place / ENTRIES).is_file():
         found = PictureIndex.load(place)
-        if found.folder == folder and found.checkpoint_hash == bundle.checkpoint_hash:
+        if found.folder == folder and found.clip == embedder.name:
             before = found
         else:
-            what = "another folder" if found.folder != folder else "another checkpoint's CLIP"
-            typer.echo(f"{place} is an index of {what}: all pictures are embedded anew", err=True)
+            what = f"of {found.folder}" if found.folder != folder else f"by {found.clip}"
+            typer.echo(f"{place} is an index {what}: all pictures are embedded anew", err=True)
     paths = find_pictures([folder])
     with counting("embedding pictures") as progress:
         done = 0
 
         def embed(part: Sequence[Path]) -> tuple[list[Path], Tensor]:
             nonlocal done
-            read, pictures = read_pictures(part, bundle)
+            read: list[Path] = []
+            pictures = list(read_pictures(part, read))
+            vectors = embedder.encode_pictures(pictures) if read else torch.zeros(0, 1)
             done += len(part)
             progress(done, len(paths))
-            return read, encode_pictures(clip, pictures) if read else torch.zeros(0, 1)
+            return read, vectors
 
         after, changes = before.updated(paths, embed, READ_AT_ONCE)
     after.save(place)

@@ -57,16 +57,19 @@ class Origin:
         """What it was drawn for."""
         return self.metadata.get("prompt")
 
-    def known(self, model: TextToImage, share: float, mask: Path | None) -> Tensor:
-        """The image ids (N,) that are kept: the very ones it was drawn with, if by this model, else the VAE's."""
+    def tokens(self, model: TextToImage) -> Tensor:
+        """Its image ids (N,): the very ones it was drawn with, if by this model, else the VAE's."""
         import torch
 
+        if self.metadata.get("checkpoint_hash") == model.bundle.checkpoint_hash:
+            return torch.tensor(self.metadata["tokens"])
+        return model.tokens_of(open_picture(self.path))
+
+    def known(self, model: TextToImage, share: float, mask: Path | None) -> Tensor:
+        """The image ids (N,) that are kept of it, FREE for the rest."""
         from dalle_mini_impl.editing import keep_first, keep_outside
 
-        if self.metadata.get("checkpoint_hash") == model.bundle.checkpoint_hash:
-            ids = torch.tensor(self.metadata["tokens"])
-        else:
-            ids = model.tokens_of(open_picture(self.path))
+        ids = self.tokens(model)
         return keep_first(ids, share) if mask is None else keep_outside(ids, open_picture(mask))
 
 

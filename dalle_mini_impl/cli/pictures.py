@@ -1,4 +1,4 @@
-"""Pictures that a person names on the command line: files and folders in, tensors for a checkpoint's CLIP out."""
+"""Pictures that a person names on the command line: files and folders in, vectors of a CLIP out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
-    from torch import Tensor
 
-    from dalle_mini_impl.clip import CLIP
-    from dalle_mini_impl.pretrained import Bundle
+    from dalle_mini_impl.embed import Embedder
 
 READ_AT_ONCE = 64
+CLIP_HELP = "A pretrained CLIP or SigLIP instead of the checkpoint's: a Hub id or a folder."
 
 
-def clip_of(bundle: Bundle) -> CLIP:
-    """A checkpoint's CLIP; ValueError for one without."""
-    if bundle.clip is None:
-        raise ValueError(f"checkpoint {bundle.recipe.name!r} has no clip.safetensors: train its clip stage")
-    return bundle.clip
+def load_embedder(checkpoint: str, clip: str | None, device: torch.device) -> Embedder:
+    """The CLIP that --clip names, else the checkpoint's; ValueError where there is none."""
+    if clip is not None:
+        from dalle_mini_impl.pretrained_clip import PretrainedCLIP
+
+        return PretrainedCLIP.load(clip, device)
+    from dalle_mini_impl.pretrained import load_bundle
+
+    bundle = load_bundle(checkpoint, device)
+    if bundle.embedder is None:
+        raise ValueError(
+            f"checkpoint {bundle.recipe.name!r} has no clip.safetensors: train its clip stage, or name one by --clip"
+        )
+    return bundle.embedder
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
@@ -41,46 +50,30 @@ def find_pictures(places: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_pictures(paths: Sequence[Path], bundle: Bundle) -> tuple[list[Path], Tensor]:
-    """Those that can be read, as (n, 3, S, S) in [0, 1], as the checkpoint's CLIP sees them.
+def read_pictures(paths: Sequence[Path], read: list[Path]) -> Iterator[Image.Image]:
+    """The pictures that can be read, RGB, one after the other; `read` receives their paths.
 
     Others, and sheets of pictures that this package wrote, are named on standard error and left out.
     """
-    import numpy as np
-    import torch
-
     from dalle_mini_impl.data.pictures import PictureError
     from dalle_mini_impl.sheet import is_sheet
 
-    size = bundle.recipe.data.image_size
-    arrays, read = [], []
     for path in paths:
         if is_sheet(path):
             typer.echo(f"left out {path}: a sheet of pictures, no picture", err=True)
             continue
         try:
-            arrays.append(np.asarray(read_square(path, bundle)))
-            read.append(path)
+            picture = read_picture(path)
         except PictureError as error:
             typer.echo(f"left out {path}: {error}", err=True)
-    if not read:
-        return [], torch.zeros(0, 3, size, size)
-    return read, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+            continue
+        read.append(path)
+        yield picture
 
 
-def read_in_parts(paths: Sequence[Path], bundle: Bundle) -> Iterator[tuple[list[Path], Tensor]]:
-    """`read_pictures` of some at a time; parts without a readable one are left out."""
-    for first in range(0, len(paths), READ_AT_ONCE):
-        read, pictures = read_pictures(paths[first : first + READ_AT_ONCE], bundle)
-        if read:
-            yield read, pictures
+def read_picture(path: Path) -> Image.Image:
+    """A picture of any size, upright RGB; PictureError where it can't be read."""
+    from dalle_mini_impl.config import DataConfig
+    from dalle_mini_impl.data.pictures import open_picture, to_rgb
 
-
-def read_square(path: Path, bundle: Bundle) -> Image.Image:
-    """A picture as the checkpoint's models see it, (S, S) RGB; PictureError where it can't be read."""
-    from PIL import Image
-
-    from dalle_mini_impl.data.pictures import open_picture, to_rgb, to_square
-
-    data = bundle.recipe.data.model_copy(update={"min_side_px": 1})  # small is no reason to be left out
-    return Image.fromarray(to_square(to_rgb(open_picture(path, data)), data.image_size, data.fit))
+    return to_rgb(open_picture(path, DataConfig(min_side_px=1)))  # small is no reason to be left out

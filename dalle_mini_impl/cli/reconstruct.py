@@ -32,7 +32,6 @@ def reconstruct(
     """
     from accelerate import Accelerator
 
-    from dalle_mini_impl.cli.pictures import clip_of
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import write_json
     from dalle_mini_impl.pretrained import load_bundle
@@ -43,7 +42,10 @@ def reconstruct(
     state = process_state()
     bundles = {name: load_bundle(name, state.device) for name in dict.fromkeys((before or checkpoint, checkpoint))}
     judging = load_bundle(judge, state.device) if judge is not None else bundles[checkpoint]
-    clip = clip_of(judging)
+    clip = judging.clip
+    if clip is None:
+        name = judge or checkpoint
+        raise ValueError(f"checkpoint {name!r} has no clip.safetensors: train its clip stage, or name another --judge")
     source = _open(data, bundles[checkpoint], out, state.is_main_process, state.wait_for_everyone)
     size = source.pictures.shape[1]
     for name, bundle in {**bundles, judge or checkpoint: judging}.items():

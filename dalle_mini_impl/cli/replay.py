@@ -30,6 +30,8 @@ def replay(
 
     Origin.read(picture)
     facts = read_metadata(picture)
+    if facts.get("kind") == "guided":
+        raise ValueError(f"{picture} was guided, not drawn: guide it again, from the same start, by the settings in it")
     if "tokens" not in facts:
         raise ValueError(f"{picture} is no single picture (a sheet of them?): replay one of the pictures beside it")
     model = TextToImage.from_pretrained(checkpoint or facts["checkpoint"], process_state().device)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dalle_mini_impl.cli.pictures import CLIP_HELP
+
 if TYPE_CHECKING:
-    from dalle_mini_impl.pretrained import Bundle
+    from dalle_mini_impl.embed import Embedder
 
 _SHEET_PICTURES = 64
 
@@ -17,6 +19,7 @@ def rerank(
     folder: Annotated[Path | None, typer.Argument(help="Folder of pictures to rank.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What the pictures should show.")] = None,
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
+    clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Plot quality against the number of candidates.")] = False,
     prompts_from: Annotated[str | None, typer.Option(help='Curve: "shapes" (default) or a file of prompts.')] = None,
     num_prompts: Annotated[int | None, typer.Option(min=2, help="Curve: 100 of shapes, all of a file.")] = None,
@@ -40,6 +43,7 @@ def rerank(
 
         draw_curve(
             checkpoint,
+            clip,
             "shapes" if prompts_from is None else prompts_from,
             num_prompts,
             64 if candidates is None else candidates,
@@ -52,19 +56,19 @@ def rerank(
         raise ValueError(f"{', '.join(given)} belong to --curve: add it, or leave them out")
     if folder is None or prompt is None:
         raise ValueError('give a folder of pictures and --prompt "a red heart", or --curve')
+    from dalle_mini_impl.cli.pictures import load_embedder
     from dalle_mini_impl.cli.processes import process_state
-    from dalle_mini_impl.pretrained import load_bundle
 
-    _rank_folder(load_bundle(checkpoint, process_state().device), folder, prompt, out)
+    _rank_folder(load_embedder(checkpoint, clip, process_state().device), folder, prompt, out)
 
 
-def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) -> None:
+def _rank_folder(embedder: Embedder, folder: Path, prompt: str, out: Path | None) -> None:
     """Prints the ranking and, with `out`, writes ranking.jsonl and sheet.png, the contact sheet of the best."""
-    from dalle_mini_impl.cli.pictures import read_square
+    from dalle_mini_impl.cli.pictures import read_picture
     from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
-    ranking = score_folder(bundle, folder, prompt)
+    ranking = score_folder(embedder, folder, prompt)
     for score, path in ranking:
         typer.echo(f"{score:.4f}  {path}")
     if out is None:
@@ -75,26 +79,23 @@ def _rank_folder(bundle: Bundle, folder: Path, prompt: str, out: Path | None) ->
         for rank, (score, path) in enumerate(ranking, start=1)
     ]
     write_json_lines(out / "ranking.jsonl", lines)
-    cells = [(read_square(path, bundle), f"{score:.3f} {path.name}") for score, path in ranking[:_SHEET_PICTURES]]
+    cells = [(read_picture(path), f"{score:.3f} {path.name}") for score, path in ranking[:_SHEET_PICTURES]]
     save_sheet(contact_sheet([(prompt, cells)]), out / "sheet.png")
 
 
-def score_folder(bundle: Bundle, folder: Path, prompt: str) -> list[tuple[float, Path]]:
+def score_folder(embedder: Embedder, folder: Path, prompt: str) -> list[tuple[float, Path]]:
     """CLIP scores of all pictures under a folder, best first.
 
     Pictures that can't be read, and sheets of pictures that were written by this package, are named and left out.
 
-    Raises ValueError for a checkpoint without CLIP and for a folder without a readable picture.
+    Raises ValueError for a folder without a readable picture.
     """
-    from dalle_mini_impl.cli.pictures import clip_of, find_pictures, read_in_parts
+    from dalle_mini_impl.cli.pictures import find_pictures, read_pictures
     from dalle_mini_impl.rerank import rank_pictures
 
-    clip = clip_of(bundle)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of pictures")
-    ranking: list[tuple[float, Path]] = []
-    for paths, pictures in read_in_parts(find_pictures([folder]), bundle):
-        ranking += zip(rank_pictures(clip, bundle.tokenizer, pictures, prompt).tolist(), paths, strict=True)
-    if not ranking:
-        raise ValueError(f"there is no readable picture in {folder}")
+    paths: list[Path] = []
+    scores = rank_pictures(embedder, read_pictures(find_pictures([folder]), paths), prompt).tolist()
+    ranking = zip(scores, paths, strict=True)
     return sorted(ranking, key=lambda pair: (-pair[0], str(pair[1])))

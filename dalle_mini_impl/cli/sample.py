@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dalle_mini_impl.cli.pictures import CLIP_HELP
+
 if TYPE_CHECKING:
     from accelerate import PartialState
     from torch import Tensor
@@ -26,6 +28,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
+    clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Pictures to draw for each prompt.")] = 16,
     keep: Annotated[
         float | None,
@@ -79,7 +82,7 @@ def sample(
     texts = read_prompts(prompt, prompts)
     number = check_counts(candidates, number)
     state = process_state()
-    model = TextToImage.from_pretrained(checkpoint, state.device)
+    model = TextToImage.from_pretrained(checkpoint, state.device, clip)
     settings = model.settings(
         guidance=guidance,
         temperature=temperature,
@@ -206,6 +209,7 @@ def common_facts(
         "settings": settings.model_dump(),
         "checkpoint": checkpoint,
         "checkpoint_hash": model.bundle.checkpoint_hash,
+        "clip": None if model.embedder is None else model.embedder.name,
         "package_version": __version__,
         "known": None if known is None else known.tolist(),
     }

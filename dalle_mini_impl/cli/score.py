@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from dalle_mini_impl.cli.pictures import CLIP_HELP
+
 
 def score(
     pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them.")],
     caption: Annotated[list[str], typer.Option(help="A caption; give several to compare them.")],
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hub id.")] = "emoji",
+    clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="File for a JSON line a picture and caption.")] = None,
 ) -> None:
     """Score captions against pictures; the best caption of each picture comes first.
@@ -20,17 +23,17 @@ def score(
     score is what `sample` ranks by. clip_score is CLIP's cosine. read_score is log p(caption | picture) in nats, of
     checkpoints that learned to read. log_likelihood is log p(picture | caption) in nats, over the picture's tokens.
     """
-    from dalle_mini_impl.cli.pictures import find_pictures, read_in_parts
+    from dalle_mini_impl.cli.pictures import find_pictures, read_pictures
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.pipeline import TextToImage
 
-    model = TextToImage.from_pretrained(checkpoint, process_state().device)
+    model = TextToImage.from_pretrained(checkpoint, process_state().device, clip)
     rows: list[dict[str, Any]] = []
-    for paths, images in read_in_parts(find_pictures(pictures), model.bundle):
-        for path, image in zip(paths, images, strict=True):
-            scores = model.score(image.expand(len(caption), -1, -1, -1), caption)
-            rows += [{"file": str(path), **asdict(item)} for item in sorted(scores, key=lambda item: -item.score)]
+    read: list[Path] = []
+    for picture in read_pictures(find_pictures(pictures), read):
+        scores = model.score([picture] * len(caption), caption)
+        rows += [{"file": str(read[-1]), **asdict(item)} for item in sorted(scores, key=lambda item: -item.score)]
     if not rows:
         raise ValueError("there is no readable picture")
     for row in rows:

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dalle_mini_impl.pretrained import Bundle
+    from dalle_mini_impl.embed import Embedder
     from dalle_mini_impl.search import PictureIndex
 
 
@@ -20,20 +20,19 @@ def search(
     like: Annotated[Path | None, typer.Option(help="Look for pictures like this one; with a text, for both.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Pictures to find.")] = 12,
     checkpoint: Annotated[str, typer.Option(help="The one that made the index.")] = "emoji",
+    clip: Annotated[str | None, typer.Option(help="The pretrained CLIP that made the index.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and sheet.png.")] = None,
 ) -> None:
     """Find pictures by what they show: prints score and file, best first."""
-    from dalle_mini_impl.cli.pictures import read_square
+    from dalle_mini_impl.cli.pictures import load_embedder, read_picture
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import write_json_lines
-    from dalle_mini_impl.pretrained import load_bundle
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
     if text is None and like is None:
         raise ValueError('give a text, dalle-mini search "a red circle", or a picture with --like')
-    bundle = load_bundle(checkpoint, process_state().device)
-    index = open_index(place, bundle)
-    hits = index.search(query_vector(bundle, text, like), top)
+    embedder = load_embedder(checkpoint, clip, process_state().device)
+    hits = open_index(place, embedder).search(query_vector(embedder, text, like), top)
     for hit in hits:
         typer.echo(f"{hit.score:.4f}  {hit.path}")
     if out is None:
@@ -41,42 +40,40 @@ def search(
     out.mkdir(parents=True, exist_ok=True)
     lines = [{"rank": rank, "score": hit.score, "file": str(hit.path)} for rank, hit in enumerate(hits, start=1)]
     write_json_lines(out / "results.jsonl", lines)
-    cells = [(read_square(hit.path, bundle), f"{hit.score:.3f} {hit.path.name}") for hit in hits if hit.path.is_file()]
+    cells = [(read_picture(hit.path), f"{hit.score:.3f} {hit.path.name}") for hit in hits if hit.path.is_file()]
     title = " + ".join([*([text] if text is not None else []), *([f"like {like.name}"] if like is not None else [])])
     save_sheet(contact_sheet([(title, cells)]), out / "sheet.png")
 
 
-def open_index(place: Path, bundle: Bundle) -> PictureIndex:
-    """An index, or that of an indexed folder; ValueError where there is none, or another checkpoint made it."""
+def open_index(place: Path, embedder: Embedder) -> PictureIndex:
+    """An index, or that of an indexed folder; ValueError where there is none, or another CLIP made it."""
     from dalle_mini_impl.cli.index import default_place
     from dalle_mini_impl.search import ENTRIES, PictureIndex
 
     if not (place / ENTRIES).is_file():
         place = default_place(place)
     index = PictureIndex.load(place)
-    if index.checkpoint_hash != bundle.checkpoint_hash:
+    if index.clip != embedder.name:
         raise ValueError(
-            f"{place} was made by another checkpoint ({index.checkpoint_hash}, not {bundle.checkpoint_hash}): "
-            f"give its --checkpoint, or index again"
+            f"{place} was made by another CLIP, {index.clip}, not by {embedder.name}: give its --checkpoint or --clip, "
+            f"or index again"
         )
     return index
 
 
-def query_vector(bundle: Bundle, text: str | None, like: Path | None) -> Tensor:
+def query_vector(embedder: Embedder, text: str | None, like: Path | None) -> Tensor:
     """The unit vector (E,) of a text, of a picture, or half-way between both."""
     import torch
     import torch.nn.functional as F
 
-    from dalle_mini_impl.cli.pictures import clip_of, read_pictures
-    from dalle_mini_impl.embed import encode_pictures, encode_texts
+    from dalle_mini_impl.cli.pictures import read_pictures
 
-    clip = clip_of(bundle)
     vectors = []
     if text is not None:
-        vectors.append(encode_texts(clip, bundle.tokenizer, [text]))
+        vectors.append(embedder.encode_texts([text]))
     if like is not None:
-        read, pictures = read_pictures([like], bundle)
-        if not read:
+        pictures = list(read_pictures([like], []))
+        if not pictures:
             raise ValueError(f"{like} can't be read")
-        vectors.append(encode_pictures(clip, pictures))
+        vectors.append(embedder.encode_pictures(pictures))
     return F.normalize(torch.cat(vectors).sum(dim=0), dim=0)

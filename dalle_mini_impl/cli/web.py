@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from dalle_mini_impl.cli.pictures import CLIP_HELP
+
 
 def web(
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
+    clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     place: Annotated[Path | None, typer.Option("--index", help="An index, or the folder that was indexed.")] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 7860,
@@ -25,8 +28,12 @@ def web(
     from dalle_mini_impl.pipeline import TextToImage
     from dalle_mini_impl.web import build_page
 
-    model = TextToImage.from_pretrained(checkpoint, process_state().device)
-    index = None if place is None else open_index(place, model.bundle)
+    model = TextToImage.from_pretrained(checkpoint, process_state().device, clip)
+    if place is not None and model.embedder is None:
+        raise ValueError(
+            f"checkpoint {checkpoint!r} has no CLIP to search with: name one by --clip, or leave out --index"
+        )
+    index = None if place is None or model.embedder is None else open_index(place, model.embedder)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     page = build_page(model, checkpoint, index=index, files=out)

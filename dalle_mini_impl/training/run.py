@@ -82,7 +82,7 @@ def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def asked_for(recipe: Recipe) -> list[Stage]:
-    """Those of train.stages, the prior where DALL·E is trained on picture embeddings, and the upscaler if it has one."""
+    """Those of train.stages, the prior where DALL·E is trained on picture embeddings, an upscaler if it has one."""
     wanted = set(recipe.train.stages)
     if recipe.dalle.image_prefix and "dalle" in wanted:
         wanted.add("prior")

@@ -72,6 +72,15 @@ class DiscreteVAE(nn.Module):
         raw = self.decoder(self.quantizer.vectors(ids, self.grid_size))
         return self.pictures(raw.float()).clamp(0, 1)
 
+    def decode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, S, S) of latents' hard codes, and those ids (B, N); the gradient passes the rounding.
+
+        latents: (B, in_channels, grid, grid) of the quantizer. Values are nominally in [0, 1], but not clamped, because
+        a clamp has no gradient outside.
+        """
+        quantized = self.quantizer.straight_through(latents)
+        return self.pictures(self.decoder(quantized.vectors).float()), quantized.ids
+
     def forward(self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None) -> VAEOutput:
         """The training pass over pictures (B, 3, S, S) in [0, 1]; progress in [0, 1] drives the gumbel schedules."""
         latents = self.encoder(self._check(images))

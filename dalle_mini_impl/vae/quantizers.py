@@ -68,6 +68,28 @@ class Quantizer(nn.Module):
         """The decoder's input (B, out_channels, height, W) for ids (B, height × W)."""
         raise NotImplementedError
 
+    def latents(self, ids: Tensor, height: int) -> Tensor:
+        """Latents (B, in_channels, height, W) that have the given hard ids (B, height × W)."""
+        raise NotImplementedError
+
+    def relaxed(self, latents: Tensor) -> Tensor:
+        """What the decoder would get, (B, out_channels, H, W), if nothing was rounded."""
+        raise NotImplementedError
+
+    def log_assignment(self, latents: Tensor) -> Tensor:
+        """Log of the share of each code in each cell, (B, H × W, num_codes), with a gradient; the nearest has most."""
+        batch, _, height, width = latents.shape
+        rows = _rows(self.relaxed(latents))
+        every_id = torch.arange(self.num_codes, device=latents.device)
+        codes = _rows(self.vectors(every_id[:, None], 1))
+        distance: Tensor = torch.cdist(rows, codes).square()
+        return (-distance / (2 * SOFTNESS * rows.shape[1])).log_softmax(dim=1).view(batch, height * width, -1)
+
+    def straight_through(self, latents: Tensor) -> Quantized:
+        """Hard codes of latents (B, in_channels, H, W), whose gradient is that of the `relaxed` ones."""
+        ids, relaxed = self.ids(latents), self.relaxed(latents)
+        return Quantized(self.vectors(ids, latents.shape[2]).detach() + (relaxed - relaxed.detach()), ids)
+
 
 def _rows(latents: Tensor) -> Tensor:
     """(B, C, H, W) to (B × H × W, C) in fp32."""
@@ -134,6 +156,15 @@ class VectorQuantizer(Quantizer):
     def vectors(self, ids: Tensor, height: int) -> Tensor:
         """The codes themselves."""
         return _grid(self.codebook[ids.flatten()] * self.scale, ids.shape[0], height)
+
+    def latents(self, ids: Tensor, height: int) -> Tensor:
+        """The codes themselves, on the unit sphere."""
+        return _grid(self.codebook[ids.flatten()], ids.shape[0], height)
+
+    def relaxed(self, latents: Tensor) -> Tensor:
+        """Directions, on the codes' sphere."""
+        relaxed: Tensor = F.normalize(latents.float(), dim=1) * self.scale
+        return relaxed
 
     @torch.no_grad()
     def before_step(self, micro_batches: Iterable[Tensor] = ()) -> None:
@@ -266,8 +297,15 @@ class FiniteScalarQuantizer(Quantizer):
 
     def vectors(self, ids: Tensor, height: int) -> Tensor:
         """Levels scaled to [-1, 1]."""
-        rows = (ids.flatten()[:, None] // self.basis) % self.levels
-        return self._centre(rows.float(), ids.shape[0], height)
+        return self._centre(self._unpack(ids).float(), ids.shape[0], height)
+
+    def latents(self, ids: Tensor, height: int) -> Tensor:
+        """The middle of each level's range."""
+        return _grid(torch.logit((self._unpack(ids) + 0.5) / self.levels), ids.shape[0], height)
+
+    def relaxed(self, latents: Tensor) -> Tensor:
+        """The bounded values, scaled as levels are."""
+        return self._centre(self._bound(_rows(latents)), latents.shape[0], latents.shape[2])
 
     def _bound(self, rows: Tensor) -> Tensor:
         """To [-1/2, levels - 1/2], every level equally wide."""
@@ -276,6 +314,9 @@ class FiniteScalarQuantizer(Quantizer):
     def _round(self, bounded: Tensor) -> Tensor:
         """The nearest level; a saturated sigmoid reaches half a level beyond the first and the last."""
         return torch.minimum(bounded.round().clamp(min=0), self.levels - 1)
+
+    def _unpack(self, ids: Tensor) -> Tensor:
+        return (ids.flatten()[:, None] // self.basis) % self.levels
 
     def _pack(self, bounded: Tensor) -> Tensor:
         return (self._round(bounded).long() * self.basis).sum(dim=1)
@@ -325,6 +366,20 @@ class GumbelQuantizer(Quantizer):
     def vectors(self, ids: Tensor, height: int) -> Tensor:
         """The codes' embeddings."""
         return _grid(self.codebook(ids.flatten()), ids.shape[0], height)
+
+    def latents(self, ids: Tensor, height: int) -> Tensor:
+        """Logits that give half of the probability to the code, and the rest to all others alike."""
+        one_hot = F.one_hot(ids.flatten(), self.num_codes).float()
+        return _grid(one_hot * math.log(max(2, self.num_codes - 1)), ids.shape[0], height)
+
+    def relaxed(self, latents: Tensor) -> Tensor:
+        """The codes' mean by the softmax of the logits."""
+        rows = _rows(latents).softmax(dim=1) @ self.codebook.weight.float()
+        return _grid(rows, latents.shape[0], latents.shape[2])
+
+    def log_assignment(self, latents: Tensor) -> Tensor:
+        """The logits' own softmax."""
+        return _rows(latents).log_softmax(dim=1).view(latents.shape[0], -1, self.num_codes)
 
 
 def _cosine_ramp(progress: float, share: float) -> float:
