@@ -34,7 +34,7 @@ LEVELS = [
         "pretrained_clip",
         "sheet",
     },
-    {"training", "pipeline"},
+    {"training", "drawn", "drawing", "pipeline"},
     {"cli", "web", "bench", "evaluate", "estimate", "report", "__main__"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
@@ -56,6 +56,9 @@ WITHIN_A_LEVEL = {
     ("bench", "estimate"),
     ("rerank", "embed"),
     ("classify", "embed"),
+    ("drawing", "drawn"),
+    ("pipeline", "drawing"),
+    ("pipeline", "drawn"),
     ("unclip", "embed"),
     ("unclip", "pretrained"),
     ("embed", "data"),

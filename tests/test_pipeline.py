@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_mini_impl.pipeline import TextToImage, rank
+from dalle_mini_impl.drawn import rank
+from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.pretrained import checkpoint_hash
 from tests.tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dalle_mini_impl.config import SamplingConfig
-    from dalle_mini_impl.pipeline import RankedPicture, TextToImage
+    from dalle_mini_impl.drawn import RankedPicture
+    from dalle_mini_impl.pipeline import TextToImage
 
 _COLUMNS = 9
 Checkpoint = Annotated[

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dalle_mini_impl.config import SamplingConfig
+    from dalle_mini_impl.drawn import RankedPicture
     from dalle_mini_impl.evaluate import Judged, Pairs, PairsReport, Share
-    from dalle_mini_impl.pipeline import RankedPicture, TextToImage
+    from dalle_mini_impl.pipeline import TextToImage
 
 _SHEET_PROMPTS = 24
 _SHEET_CELL_PX = 192

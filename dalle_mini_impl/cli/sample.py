@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dalle_mini_impl.config import SamplingConfig
-    from dalle_mini_impl.pipeline import Progress, RankedPicture, TextToImage
+    from dalle_mini_impl.drawing import Progress
+    from dalle_mini_impl.drawn import RankedPicture
+    from dalle_mini_impl.pipeline import TextToImage
 
 _PICTURES_AT_ONCE = 512  # drawn, then written, before the next prompts are begun
 _SHEET_ROWS = 200
@@ -72,8 +74,9 @@ def sample(
     # Imported here: --help must not wait for torch.
     from dalle_mini_impl.cli.origin import Origin, kept_parts
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.drawn import check_counts
     from dalle_mini_impl.files import naming
-    from dalle_mini_impl.pipeline import TextToImage, check_counts
+    from dalle_mini_impl.pipeline import TextToImage
 
     number, share = kept_parts(keep, from_, mask)
     origin = None if from_ is None else Origin.read(from_)
@@ -145,7 +148,7 @@ def _draw(
     """The kept pictures of each prompt in turn: every process draws its share, and they are ranked together."""
     from accelerate.utils import gather_object
 
-    from dalle_mini_impl.pipeline import rank
+    from dalle_mini_impl.drawn import rank
 
     at_once = max(1, _PICTURES_AT_ONCE // candidates)
     done = 0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dalle_mini_impl.data.prepare import PreparedData
-from dalle_mini_impl.pipeline import RankedPicture, TextToImage
+from dalle_mini_impl.drawn import RankedPicture
+from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.rerank import CurvePoint, FloatArray, best_of_n_curve
 from dalle_mini_impl.text import normalize_caption
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
-from dalle_mini_impl.pipeline import RankedPicture, TextToImage, rank
+from dalle_mini_impl.drawn import RankedPicture, rank
+from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.pretrained import Bundle, load_bundle
 from dalle_mini_impl.report.drawing import Prompt, choose_prompts, draw_candidates, ranker_curves, scores_of
 from dalle_mini_impl.report.memorisation import (
