@@ -19,7 +19,9 @@ from accelerate import Accelerator
 
 from dalle_mini_impl.cli.app import run_verb
 from dalle_mini_impl.config import Recipe, Stage
-from dalle_mini_impl.training import checkpoint, loop, run
+from dalle_mini_impl.training import checkpoint, loop, run, task_builder
+from dalle_mini_impl.training.processes import make_accelerator
+from dalle_mini_impl.training.stages import ORDER
 from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -39,7 +41,7 @@ def train_in_processes(
     points: Points | None = None,
     *,
     world_size: int = 1,
-    stages: Sequence[Stage] = run.ORDER,
+    stages: Sequence[Stage] = ORDER,
     timeout_sec: float = 300,
 ) -> list[int]:
     """Trains, or goes on, and returns the exit status of each process.
@@ -111,7 +113,7 @@ def _train(
     if rank in points:
         _come_by(points[rank])
     loop.SAVE_EVERY_SEC = 0.0
-    accelerator = run.make_accelerator()
+    accelerator = make_accelerator()
     assert accelerator.num_processes == world_size
     try:
         finished = run.train(Recipe.parse(values), data, out, stages=stages, resume=True, accelerator=accelerator)
@@ -210,15 +212,15 @@ _PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
     "state": _half_written,
     "index": _between_state_and_index,
     "best": lambda come_by: _before(checkpoint.StateFolder, "save_best", come_by),
-    "pictures": lambda come_by: _before(run, "prepare", come_by),
-    "stop-in-pictures": lambda come_by: _before(run, "prepare", come_by),
-    "encoding": lambda come_by: _before(run.TokenCache, "build", come_by),
-    "stop-in-encoding": lambda come_by: _before(run.TokenCache, "build", come_by),
+    "pictures": lambda come_by: _before(task_builder, "prepare", come_by),
+    "stop-in-pictures": lambda come_by: _before(task_builder, "prepare", come_by),
+    "encoding": lambda come_by: _before(task_builder.TokenCache, "build", come_by),
+    "stop-in-encoding": lambda come_by: _before(task_builder.TokenCache, "build", come_by),
     "stop-in-evaluation": lambda come_by: _before(loop.StageTrainer, "_evaluate", come_by),
     "checkpoint": lambda come_by: _before(run, "save_bundle", come_by),
     "stop-in-checkpoint": lambda come_by: _before(run, "save_bundle", come_by),
     "finish": lambda come_by: _before(checkpoint.StateFolder, "finish", come_by),
-    "stop-soon-in-pictures": lambda come_by: _before(run, "prepare", lambda: _soon(come_by)),
+    "stop-soon-in-pictures": lambda come_by: _before(task_builder, "prepare", lambda: _soon(come_by)),
     "stop-soon-waiting": lambda come_by: _before(
         Accelerator, "wait_for_everyone", lambda: threading.Timer(0.2, come_by).start()
     ),

@@ -15,7 +15,8 @@ import torch
 
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.training import loop
-from dalle_mini_impl.training.run import ORDER, train
+from dalle_mini_impl.training.run import train
+from dalle_mini_impl.training.stages import ORDER
 from tests.tiny import tiny_recipe
 
 EXPECTED = Path(__file__).parent / "golden" / "losses.json"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dalle_mini_impl.config import Recipe
-from dalle_mini_impl.training.run import ORDER
+from dalle_mini_impl.training.stages import ORDER
 from tests.processes import steps_done, train_in_processes
 from tests.tiny import tiny_recipe
 

@@ -300,7 +300,8 @@ def test_two_processes_see_the_losses_of_one(finished: Path, tmp_path: Path) -> 
     script.write_text(
         "import json\n"
         "from dalle_mini_impl.config import Recipe\n"
-        "from dalle_mini_impl.training.run import make_accelerator, train\n"
+        "from dalle_mini_impl.training.processes import make_accelerator\n"
+        "from dalle_mini_impl.training.run import train\n"
         "accelerator = make_accelerator()\n"
         "assert accelerator.num_processes == 2\n"
         f"recipe = Recipe.parse(json.load(open({str(tmp_path / 'recipe.json')!r})))\n"

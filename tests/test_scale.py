@@ -15,8 +15,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 
 from dalle_mini_impl.config import Recipe, Stage, StageConfig
-from dalle_mini_impl.training.run import ORDER, train
+from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.sharding import Replica, Sharding
+from dalle_mini_impl.training.stages import ORDER
 from tests.test_training_run import DATA, lines, recipe
 from tests.tiny import tiny_bundle
 

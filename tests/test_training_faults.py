@@ -24,7 +24,8 @@ from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.training import loop, tasks
 from dalle_mini_impl.training.checkpoint import StateFolder
-from dalle_mini_impl.training.run import ORDER, train
+from dalle_mini_impl.training.run import train
+from dalle_mini_impl.training.stages import ORDER
 from dalle_mini_impl.training.task import LossModule
 from tests.tiny import TINY_VALUES, tiny_recipe
 
@@ -269,7 +270,7 @@ def test_a_folder_that_cant_be_written_to_is_named_before_anything_is_read(
         raise AssertionError("pictures were read")
 
     monkeypatch.setattr(Path, "touch", touch)
-    monkeypatch.setattr("dalle_mini_impl.training.run.prepare", never)
+    monkeypatch.setattr("dalle_mini_impl.training.task_builder.prepare", never)
     out = tmp_path / "run"
     assert run_command(command(out)) == 1
     line = error_line(capfd.readouterr().err)

@@ -20,7 +20,8 @@ from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
-from dalle_mini_impl.training.run import ORDER, train
+from dalle_mini_impl.training.run import train
+from dalle_mini_impl.training.stages import ORDER
 from tests.tiny import tiny_recipe
 
 DATA = "shapes:count=60"

@@ -17,7 +17,8 @@ from PIL import Image
 
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.training import loop, tracking
-from dalle_mini_impl.training.run import ORDER, train
+from dalle_mini_impl.training.run import train
+from dalle_mini_impl.training.stages import ORDER
 from tests.test_cli_train import run
 from tests.tiny import tiny_recipe
 

@@ -25,7 +25,8 @@ from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
-from dalle_mini_impl.training.run import stage_order, train
+from dalle_mini_impl.training.run import train
+from dalle_mini_impl.training.stages import stage_order
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.vqgan import VQGANTask
 from dalle_mini_impl.vae.augment import diff_augment
@@ -362,7 +363,8 @@ def test_two_processes_train_what_one_does(before: Path, finished: Path, tmp_pat
     script.write_text(
         "import json\n"
         "from dalle_mini_impl.config import Recipe\n"
-        "from dalle_mini_impl.training.run import make_accelerator, train\n"
+        "from dalle_mini_impl.training.processes import make_accelerator\n"
+        "from dalle_mini_impl.training.run import train\n"
         "accelerator = make_accelerator()\n"
         "assert accelerator.num_processes == 2\n"
         f"recipe = Recipe.parse(json.load(open({str(tmp_path / 'recipe.json')!r})))\n"

@@ -25,7 +25,8 @@ from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.dtensors import local, part_like, whole
 from dalle_mini_impl.training.muon import Muon
 from dalle_mini_impl.training.optim import clip_gradients
-from dalle_mini_impl.training.run import make_accelerator, train
+from dalle_mini_impl.training.processes import make_accelerator
+from dalle_mini_impl.training.run import train
 
 SHAPES = [(5, 18), (18, 5), (1, 6), (5, 18), (3, 2, 3, 3), (3, 18)]
 """Rows that two processes can't share evenly, one that only one of them has, and a kernel beside a matrix."""

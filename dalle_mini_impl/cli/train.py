@@ -80,7 +80,7 @@ def train(
     With dalle.image_prefix also unCLIP's prior, between CLIP and DALL·E; with upscale.factor, at last, the upscaler.
     --stage vqgan trains the VAE of the run, or of --init-from, further against a discriminator.
     """
-    from dalle_mini_impl.training.run import make_accelerator
+    from dalle_mini_impl.training.processes import make_accelerator
     from dalle_mini_impl.training.run import train as run_training
 
     budget_sec = parse_duration(budget) if budget is not None else None

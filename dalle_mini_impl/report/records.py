@@ -11,7 +11,7 @@ from typing import Any, Literal
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.progress import read_metrics
-from dalle_mini_impl.training.run import ORDER, asked_for, stage_order
+from dalle_mini_impl.training.stages import ORDER, asked_for, stage_order
 
 Progress = Literal["finished", "not finished", "not begun"]
 

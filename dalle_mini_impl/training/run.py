@@ -14,81 +14,38 @@ runs/NAME/
 from __future__ import annotations
 
 import logging
-import socket
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import nn
 
-from dalle_mini_impl.config import DataConfig, Recipe, Stage
-from dalle_mini_impl.data.array_cache import Workers, weights_digest
-from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
-from dalle_mini_impl.data.prepare import PreparedData, prepare
-from dalle_mini_impl.data.report import NoPicturesError
-from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
+from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.files import check_writable, read_json, write_atomically, write_json
 from dalle_mini_impl.pretrained import (
     Bundle,
-    build_clip,
-    build_dalle,
-    build_prior,
-    build_upscaler,
-    build_vae,
     load_bundle,
     make_stream,
     save_bundle,
 )
 from dalle_mini_impl.text import TextTokenizer
-from dalle_mini_impl.training.batches import derive_seed
 from dalle_mini_impl.training.budget import Budget
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.loop import StageTrainer
-from dalle_mini_impl.training.prior_task import PriorTask
-from dalle_mini_impl.training.progress import MetricsLog, counting
+from dalle_mini_impl.training.processes import check_shared, make_accelerator
+from dalle_mini_impl.training.progress import MetricsLog
 from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
+from dalle_mini_impl.training.stages import asked_for, stage_order
 from dalle_mini_impl.training.stopping import StopSignal
-from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
-from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+from dalle_mini_impl.training.task_builder import TaskBuilder, read_pictures
 from dalle_mini_impl.training.tracking import Tracking, build_trackers, check_trackers, new_run_id
-from dalle_mini_impl.training.upscale_task import UpscaleTask
-from dalle_mini_impl.training.vqgan import VQGANTask
-from dalle_mini_impl.vae.discriminator import PatchDiscriminator
-from dalle_mini_impl.vae.upsampler import FACTOR
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
-
-ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
-"""What a recipe trains unless it says otherwise."""
-LONGEST_WAIT = timedelta(hours=24)
-"""How long processes wait for each other: the first one may read pictures for hours. One that dies ends the others."""
-
-
-def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
-    """All stages in an order that serves them: part of CLIP's pictures pass through the VAE, the prior and DALL·E see
-    CLIP's embeddings, the upscaler what the VAE decodes at last. Adversarial training changes no ids, but for the full
-    phase, which comes before DALL·E.
-    """
-    if recipe.vqgan.phase == "full":
-        return "vae", "clip", "vqgan", "prior", "dalle", "upscale"
-    return "vae", "clip", "prior", "dalle", "vqgan", "upscale"
-
-
-def asked_for(recipe: Recipe) -> list[Stage]:
-    """Those of train.stages, the prior where DALL·E is trained on picture embeddings, an upscaler if it has one."""
-    wanted = set(recipe.train.stages)
-    if recipe.dalle.image_prefix and "dalle" in wanted:
-        wanted.add("prior")
-    if recipe.upscale.factor > 1:
-        wanted.add("upscale")
-    return [stage for stage in stage_order(recipe) if stage in wanted]
 
 
 def train(
@@ -129,36 +86,6 @@ def train(
             if stop.is_requested():  # another process was told to stop, too, and was the first to go
                 raise KeyboardInterrupt from error
             raise
-
-
-def make_accelerator() -> Accelerator:
-    """The launcher's devices and processes; Accelerate has to be told of CPUs, or processes on them stay strangers."""
-    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)  # the default of GPUs is ten minutes
-    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patient])
-
-
-def check_shared(folder: Path, accelerator: Accelerator) -> None:
-    """Raises ValueError on every process where one of them, on another machine, doesn't see the main process's folder.
-
-    Pictures, image ids, states and the checkpoint are written once and read by all.
-    """
-    if accelerator.num_processes == 1:
-        return
-    mark = folder / ".shared"
-    names = [uuid.uuid4().hex]
-    broadcast_object_list(names)
-    if accelerator.is_main_process:
-        mark.write_text(names[0], encoding="utf-8")
-    accelerator.wait_for_everyone()
-    seen = mark.is_file() and mark.read_text(encoding="utf-8") == names[0]
-    blind = [place for place in gather_object([("" if seen else socket.gethostname())]) if place]
-    if accelerator.is_main_process:
-        mark.unlink()
-    if blind:
-        raise ValueError(
-            f"{folder} is not the same folder on all machines ({len(blind)} processes don't see it, on "
-            f"{', '.join(sorted(set(blind)))}): choose an --out on a disk that they share"
-        )
 
 
 class Run:
@@ -240,7 +167,7 @@ class Run:
         if self.is_main:
             check_writable(self.out)
         check_shared(self.out, self.accelerator)
-        self.data = self._read_pictures("data", self.recipe.data)
+        self.data = read_pictures(self.data_spec, self.recipe.data, self.out, "data", self.accelerator)
         self._check_data()
         checkpoint = self.out / "checkpoint"
         if self.is_main and not (checkpoint / "config.json").is_file():
@@ -261,25 +188,6 @@ class Run:
             stream.text_length,
             stream.num_image_tokens,
         )
-
-    def _read_pictures(self, folder: str, config: DataConfig) -> PreparedData:
-        """The pictures, prepared by all processes in a folder of the run."""
-        accelerator = self.accelerator
-        try:
-            with counting("reading pictures", self.is_main) as progress:
-                return prepare(
-                    self.data_spec,
-                    config,
-                    self.out / folder,
-                    rank=accelerator.process_index,
-                    world_size=accelerator.num_processes,
-                    barrier=accelerator.wait_for_everyone,
-                    progress=progress,
-                )
-        except NoPicturesError as error:
-            path = self.out / "data-report.json"
-            write_json(path, error.report)
-            raise ValueError(f"{error}; {path} names all") from None
 
     def _check_data(self) -> None:
         noted = self._note.get("data_fingerprint")
@@ -332,146 +240,21 @@ class Run:
         }
         return replace(bundle, metadata={"data_fingerprint": self.data.fingerprint, "metrics": {}, "text": text})
 
-    def task(self, stage: Stage) -> Task:
-        """A stage's task, with what it needs of the stages before. Raises ValueError where that is missing."""
-        bundle, recipe = self.bundle, self.recipe
-        if stage == "vae":
-            return VAETask(self._model(stage, lambda: build_vae(recipe)), self.data, recipe)
-        if stage == "clip":
-            decoder = None
-            if recipe.clip.reconstructed_share > 0:
-                if bundle.vae is not None:
-                    decoder = (bundle.vae, self.cache())
-                else:
-                    logger.warning("no VAE yet: clip.reconstructed_share has no effect, clip sees pictures only")
-            clip = self._model(stage, lambda: build_clip(recipe, bundle.stream))
-            return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
-        if stage == "prior":
-            return self._prior_task()
-        if stage == "vqgan":
-            return self._vqgan_task()
-        if stage == "upscale":
-            return self._upscale_task()
-        if bundle.vae is None:
-            raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
-        dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
-        embeddings = self.embeddings() if recipe.dalle.image_prefix else None
-        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
-
-    def _prior_task(self) -> PriorTask:
-        bundle, recipe = self.bundle, self.recipe
-        if not recipe.dalle.image_prefix:
-            raise ValueError(
-                "a prior draws picture embeddings for a DALL·E that is conditioned on them: set dalle.image_prefix, "
-                "for example to 4"
-            )
-        embeddings = self.embeddings()
-        assert bundle.clip is not None
-        prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
-        before = self._initial.clip if self._initial is not None else None
-        if before is not None and weights_digest(before) != weights_digest(bundle.clip):
-            prior.codec.forget()  # CLIP's space has moved since
-        return PriorTask(prior, self.data, recipe, bundle.tokenizer, bundle.clip, embeddings)
-
-    def _vqgan_task(self) -> Task:
-        bundle, recipe = self.bundle, self.recipe
-        if bundle.vae is None or bundle.clip is None:
-            raise ValueError(
-                "vqgan needs a trained VAE, and a CLIP to see with: train --stage vae and --stage clip first, or start "
-                "from a checkpoint with --init-from"
-            )
-        if recipe.vqgan.phase == "full" and self.states["dalle"].finished:
-            raise ValueError(
-                f"vqgan.phase is full, which changes the ids that the DALL·E in {self.out} has learned: set it to "
-                f"decoder, or train vqgan before dalle in another --out"
-            )
-        torch.manual_seed(derive_seed(recipe.seed, "vqgan", "weights"))
-        discriminator = PatchDiscriminator(recipe.vqgan.discriminator_width, recipe.vqgan.discriminator_layers)
-        return VQGANTask(bundle.vae, bundle.clip, discriminator, self.data, recipe, self.accelerator)
-
-    def _upscale_task(self) -> UpscaleTask:
-        bundle, recipe = self.bundle, self.recipe
-        vae = bundle.vae
-        if recipe.upscale.factor == 1:
-            raise ValueError("upscale.factor is 1, which asks for no upscaler: set it to 2")
-        if vae is None:
-            raise ValueError("upscale needs a VAE: train --stage vae first, or start from one with --init-from")
-        config = recipe.data.model_copy(update={"image_size": FACTOR * recipe.data.image_size})
-        large = self._read_pictures("data-large", config)
-        upscaler = self._model("upscale", lambda: build_upscaler(recipe, vae))
-        return UpscaleTask(upscaler, self.data, large, recipe, self.cache(), vae)
-
-    def _model(self, stage: Stage, build: Callable[[], M]) -> M:
-        """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
-
-        A DALL·E that is given an image_prefix has that fresh and everything else from the checkpoint.
-        """
-        torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
-        model = build()
-        initial = getattr(self._initial, stage, None)
-        if initial is not None:
-            fresh = {name: value for name, value in model.state_dict().items() if name.startswith("prefix.")}
-            model.load_state_dict({**fresh, **initial.state_dict()})
-        return model
-
-    def cache(self) -> TokenCache:
-        """The id cache of the VAE as it is now, encoded if it isn't there yet."""
-        vae, accelerator = self.bundle.vae, self.accelerator
-        assert vae is not None
-        vae.to(accelerator.device).eval()
-        folder, views = self.out / "cache", self.recipe.data.views
-        fingerprint = cache_fingerprint(vae, self.data.fingerprint, views)
-        cache = TokenCache.open(folder, fingerprint)
-        accelerator.wait_for_everyone()
-        if cache is not None:
-            return cache
-        dtype = autocast_dtype(self.recipe.train.vae.precision, accelerator.device)
-        with counting("encoding pictures", self.is_main) as progress:
-            return TokenCache.build(
-                folder,
-                vae,
-                self.data.pictures,
-                views,
-                fingerprint,
-                autocast=lambda: autocast(accelerator.device, dtype),
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                barrier=accelerator.wait_for_everyone,
-                progress=progress,
-            )
-
-    def embeddings(self) -> EmbeddingCache:
-        """CLIP's embeddings of all pictures, computed if they aren't there yet. Raises ValueError without a CLIP."""
-        clip, accelerator = self.bundle.clip, self.accelerator
-        if clip is None:
-            raise ValueError(
-                "picture embeddings (dalle.image_prefix) are CLIP's: train --stage clip first, or start from a "
-                "checkpoint with --init-from"
-            )
-        clip.to(accelerator.device).eval()
-        folder, views = self.out / "cache", self.recipe.data.views
-        fingerprint = embedding_fingerprint(clip, self.data.fingerprint, views)
-        cache = EmbeddingCache.open(folder, fingerprint)
-        accelerator.wait_for_everyone()
-        if cache is not None:
-            return cache
-        dtype = autocast_dtype(self.recipe.train.clip.precision, accelerator.device)
-        workers = Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-        with counting("embedding pictures", self.is_main) as progress:
-            return EmbeddingCache.build(
-                folder,
-                clip,
-                self.data.pictures,
-                views,
-                fingerprint,
-                autocast=lambda: autocast(accelerator.device, dtype),
-                workers=workers,
-                progress=progress,
-            )
+    def _tasks(self) -> TaskBuilder:
+        return TaskBuilder(
+            recipe=self.recipe,
+            data_spec=self.data_spec,
+            data=self.data,
+            out=self.out,
+            accelerator=self.accelerator,
+            bundle=self.bundle,
+            initial=self._initial,
+            has_dalle=self.states["dalle"].finished,
+        )
 
     def train_stage(self, stage: Stage, remaining: Sequence[Stage]) -> bool:
         """Trains the first of the remaining stages and puts it into the checkpoint; False when a signal stopped it."""
-        task, state = self.task(stage), self.states[stage]
+        task, state = self._tasks().build(stage), self.states[stage]
         self.tracking.offset = self._steps_before(stage)
         shares: dict[str, float] = {name: getattr(self.recipe.train, name).budget_share for name in remaining}
         trainer = StageTrainer(

@@ -1,0 +1,211 @@
+"""From a run so far to the task of its next stage: data, caches, models of the stages before, weights to start from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dalle_mini_impl.config import DataConfig, Recipe, Stage
+from dalle_mini_impl.data.array_cache import Workers, weights_digest
+from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
+from dalle_mini_impl.data.prepare import PreparedData, prepare
+from dalle_mini_impl.data.report import NoPicturesError
+from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
+from dalle_mini_impl.files import write_json
+from dalle_mini_impl.pretrained import Bundle, build_clip, build_dalle, build_prior, build_upscaler, build_vae
+from dalle_mini_impl.training.batches import derive_seed
+from dalle_mini_impl.training.prior_task import PriorTask
+from dalle_mini_impl.training.progress import counting
+from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
+from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+from dalle_mini_impl.training.upscale_task import UpscaleTask
+from dalle_mini_impl.training.vqgan import VQGANTask
+from dalle_mini_impl.vae.discriminator import PatchDiscriminator
+from dalle_mini_impl.vae.upsampler import FACTOR
+
+logger = logging.getLogger("dalle_mini_impl.training")
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class TaskBuilder:
+    """What a run has when a stage begins.
+
+    out: its folder. bundle: its checkpoint so far. initial: the checkpoint that it started from, None for none.
+    has_dalle: whether this run has trained its DALL·E already.
+    """
+
+    recipe: Recipe
+    data_spec: str
+    data: PreparedData
+    out: Path
+    accelerator: Accelerator
+    bundle: Bundle
+    initial: Bundle | None
+    has_dalle: bool
+
+    def build(self, stage: Stage) -> Task:
+        """A stage's task, with what it needs of the stages before. Raises ValueError where that is missing."""
+        bundle, recipe = self.bundle, self.recipe
+        if stage == "vae":
+            return VAETask(self._model(stage, lambda: build_vae(recipe)), self.data, recipe)
+        if stage == "clip":
+            decoder = None
+            if recipe.clip.reconstructed_share > 0:
+                if bundle.vae is not None:
+                    decoder = (bundle.vae, self.cache())
+                else:
+                    logger.warning("no VAE yet: clip.reconstructed_share has no effect, clip sees pictures only")
+            clip = self._model(stage, lambda: build_clip(recipe, bundle.stream))
+            return CLIPTask(clip, self.data, recipe, bundle.tokenizer, self.accelerator, decoder)
+        if stage == "prior":
+            return self._prior_task()
+        if stage == "vqgan":
+            return self._vqgan_task()
+        if stage == "upscale":
+            return self._upscale_task()
+        if bundle.vae is None:
+            raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
+        dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
+        embeddings = self.embeddings() if recipe.dalle.image_prefix else None
+        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
+
+    def _prior_task(self) -> PriorTask:
+        bundle, recipe = self.bundle, self.recipe
+        if not recipe.dalle.image_prefix:
+            raise ValueError(
+                "a prior draws picture embeddings for a DALL·E that is conditioned on them: set dalle.image_prefix, "
+                "for example to 4"
+            )
+        embeddings = self.embeddings()
+        assert bundle.clip is not None
+        prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
+        before = self.initial.clip if self.initial is not None else None
+        if before is not None and weights_digest(before) != weights_digest(bundle.clip):
+            prior.codec.forget()  # CLIP's space has moved since
+        return PriorTask(prior, self.data, recipe, bundle.tokenizer, bundle.clip, embeddings)
+
+    def _vqgan_task(self) -> Task:
+        bundle, recipe = self.bundle, self.recipe
+        if bundle.vae is None or bundle.clip is None:
+            raise ValueError(
+                "vqgan needs a trained VAE, and a CLIP to see with: train --stage vae and --stage clip first, or start "
+                "from a checkpoint with --init-from"
+            )
+        if recipe.vqgan.phase == "full" and self.has_dalle:
+            raise ValueError(
+                f"vqgan.phase is full, which changes the ids that the DALL·E in {self.out} has learned: set it to "
+                f"decoder, or train vqgan before dalle in another --out"
+            )
+        torch.manual_seed(derive_seed(recipe.seed, "vqgan", "weights"))
+        discriminator = PatchDiscriminator(recipe.vqgan.discriminator_width, recipe.vqgan.discriminator_layers)
+        return VQGANTask(bundle.vae, bundle.clip, discriminator, self.data, recipe, self.accelerator)
+
+    def _upscale_task(self) -> UpscaleTask:
+        bundle, recipe = self.bundle, self.recipe
+        vae = bundle.vae
+        if recipe.upscale.factor == 1:
+            raise ValueError("upscale.factor is 1, which asks for no upscaler: set it to 2")
+        if vae is None:
+            raise ValueError("upscale needs a VAE: train --stage vae first, or start from one with --init-from")
+        config = recipe.data.model_copy(update={"image_size": FACTOR * recipe.data.image_size})
+        large = read_pictures(self.data_spec, config, self.out, "data-large", self.accelerator)
+        upscaler = self._model("upscale", lambda: build_upscaler(recipe, vae))
+        return UpscaleTask(upscaler, self.data, large, recipe, self.cache(), vae)
+
+    def _model(self, stage: Stage, build: Callable[[], M]) -> M:
+        """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
+
+        A DALL·E that is given an image_prefix has that fresh and everything else from the checkpoint.
+        """
+        torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
+        model = build()
+        initial = getattr(self.initial, stage, None)
+        if initial is not None:
+            fresh = {name: value for name, value in model.state_dict().items() if name.startswith("prefix.")}
+            model.load_state_dict({**fresh, **initial.state_dict()})
+        return model
+
+    def cache(self) -> TokenCache:
+        """The id cache of the VAE as it is now, encoded if it isn't there yet."""
+        vae, accelerator = self.bundle.vae, self.accelerator
+        assert vae is not None
+        vae.to(accelerator.device).eval()
+        folder, views = self.out / "cache", self.recipe.data.views
+        fingerprint = cache_fingerprint(vae, self.data.fingerprint, views)
+        cache = TokenCache.open(folder, fingerprint)
+        accelerator.wait_for_everyone()
+        if cache is not None:
+            return cache
+        dtype = autocast_dtype(self.recipe.train.vae.precision, accelerator.device)
+        with counting("encoding pictures", self.accelerator.is_main_process) as progress:
+            return TokenCache.build(
+                folder,
+                vae,
+                self.data.pictures,
+                views,
+                fingerprint,
+                autocast=lambda: autocast(accelerator.device, dtype),
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                barrier=accelerator.wait_for_everyone,
+                progress=progress,
+            )
+
+    def embeddings(self) -> EmbeddingCache:
+        """CLIP's embeddings of all pictures, computed if they aren't there yet. Raises ValueError without a CLIP."""
+        clip, accelerator = self.bundle.clip, self.accelerator
+        if clip is None:
+            raise ValueError(
+                "picture embeddings (dalle.image_prefix) are CLIP's: train --stage clip first, or start from a "
+                "checkpoint with --init-from"
+            )
+        clip.to(accelerator.device).eval()
+        folder, views = self.out / "cache", self.recipe.data.views
+        fingerprint = embedding_fingerprint(clip, self.data.fingerprint, views)
+        cache = EmbeddingCache.open(folder, fingerprint)
+        accelerator.wait_for_everyone()
+        if cache is not None:
+            return cache
+        dtype = autocast_dtype(self.recipe.train.clip.precision, accelerator.device)
+        workers = Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        with counting("embedding pictures", self.accelerator.is_main_process) as progress:
+            return EmbeddingCache.build(
+                folder,
+                clip,
+                self.data.pictures,
+                views,
+                fingerprint,
+                autocast=lambda: autocast(accelerator.device, dtype),
+                workers=workers,
+                progress=progress,
+            )
+
+
+def read_pictures(data_spec: str, config: DataConfig, out: Path, folder: str, accelerator: Accelerator) -> PreparedData:
+    """The pictures of a run's data, prepared by all processes in OUT/folder.
+
+    Raises ValueError where none can be used; OUT/data-report.json then names each.
+    """
+    try:
+        with counting("reading pictures", accelerator.is_main_process) as progress:
+            return prepare(
+                data_spec,
+                config,
+                out / folder,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                barrier=accelerator.wait_for_everyone,
+                progress=progress,
+            )
+    except NoPicturesError as error:
+        path = out / "data-report.json"
+        write_json(path, error.report)
+        raise ValueError(f"{error}; {path} names all") from None
