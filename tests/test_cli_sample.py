@@ -244,7 +244,7 @@ def test_the_curve_is_judged_by_somebody_else(
     assert "is the ranker itself" in capsys.readouterr().err
     assert _run("rerank", *options, "--judge", judge) == 0
     facts = json.loads((tmp_path / "out" / "curve.json").read_text(encoding="utf-8"))
-    assert set(facts["curves"]) == {"clip", "log_ratio", "rank", "oracle"}
+    assert set(facts["curves"]) == {"clip", "likelihood", "log_ratio", "rank", "oracle"}
     assert [point["size"] for point in facts["curves"]["clip"]] == [1, 2, 4]
     means = [point["mean"] for point in facts["curves"]["oracle"]]
     assert means == sorted(means)

@@ -13,15 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 import typer
 from torch import Tensor
 
 from dalle_mini_impl.data.checker import check
-from dalle_mini_impl.data.emoji import BACKGROUNDS, SCENE_EMOJI, EmojiScene, Placed, cells_of, render, survey
-from dalle_mini_impl.data.emoji_font import find_font
-from dalle_mini_impl.data.emoji_names import with_article
+from dalle_mini_impl.data.glyph_judge import GlyphJudge
 from dalle_mini_impl.data.scenes import COLOURS, SHAPES
 from dalle_mini_impl.data.shape_captions import parse_caption
 from dalle_mini_impl.guided import GuideSettings, random_ids
@@ -32,34 +28,6 @@ Judge = Callable[[str, Tensor], float]
 """How well a picture (3, S, S) in [0, 1] shows what a prompt says, from 0 to 1; 1 is right."""
 STARTS = ("random", "noise", "dalle", "dalle-guided")
 """random codes; guided from there; DALL·E's best of some, unguided; guided from there."""
-
-
-class GlyphJudge:
-    """Names an emoji by its pixels: the nearest glyph, on any background, in pictures of a quarter of the side."""
-
-    def __init__(self, image_size: int) -> None:
-        """Draws every glyph of scenes, 204 with Noto Color Emoji, on each of 8 backgrounds."""
-        font, cells = find_font(None), cells_of(image_size)
-        known = set(SCENE_EMOJI)
-        glyphs = [g for g in survey(font)[0] if not g.toned and g.sequence.rstrip("\ufe0f") in known]
-        self.names = [with_article(glyph.name) for glyph in glyphs]
-        pictures = [
-            np.asarray(render(EmojiScene((Placed(glyph, 0, 0, cells),), cells, background), font, image_size))
-            for glyph in glyphs
-            for background in BACKGROUNDS
-        ]
-        self.references = self._features(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255)
-
-    def __call__(self, prompt: str, picture: Tensor) -> float:
-        """The share of the other glyphs that are farther from the picture than the one that the prompt names."""
-        distances = torch.cdist(self._features(picture[None]), self.references)[0]
-        nearest = distances.view(len(self.names), -1).min(dim=1).values
-        farther = nearest > nearest[self.names.index(prompt)]
-        return int(farther.sum()) / (len(self.names) - 1)
-
-    @staticmethod
-    def _features(pictures: Tensor) -> Tensor:
-        return F.avg_pool2d(pictures, 4).flatten(1)
 
 
 def shapes_judge(prompt: str, picture: Tensor) -> float:
@@ -75,7 +43,7 @@ def prompts_and_judge(model: TextToImage, kind: str, count: int) -> tuple[list[s
         judge: Judge = shapes_judge
     else:
         glyphs = GlyphJudge(model.bundle.recipe.data.image_size)
-        names, judge = glyphs.names, glyphs
+        names, judge = glyphs.names, glyphs.grade
     picks = np.linspace(0, len(names), count, endpoint=False).astype(int)
     return [names[pick] for pick in picks], judge
 

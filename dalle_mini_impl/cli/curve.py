@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle_mini_impl.cli.processes import process_state
 from dalle_mini_impl.cli.sample import progress_bar, read_prompts
 from dalle_mini_impl.data.checker import check_caption
+from dalle_mini_impl.data.glyph_judge import GlyphJudge
 from dalle_mini_impl.data.shapes import held_out_prompts
 from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pipeline import TextToImage
@@ -26,8 +27,9 @@ from dalle_mini_impl.rerank import CurvePoint, rank_pictures
 Judge = Callable[[str, Sequence[Image.Image]], list[float]]
 """Quality of pictures that were drawn for a prompt: higher is better."""
 
-_RANKERS = ("clip", "log_ratio", "reading", "rank", "oracle")
+_RANKERS = ("clip", "reading", "likelihood", "log_ratio", "clip_reading", "rank", "oracle")
 _SHAPES_PROMPTS = 100
+_EMOJI_PROMPTS = 100
 
 
 def draw_curve(
@@ -42,9 +44,10 @@ def draw_curve(
 ) -> None:
     """Draws the candidates, judges each and writes curve.json and curve.png into `out`.
 
-    The curves: `clip`, `log_ratio` and `reading` (how likely the prompt is, read from the picture) rank as their names
-    say, `rank` by the score that ranks, all of them together; `oracle` lets the judge itself choose, which no ranker
-    can beat.
+    The curves: `clip`, `reading` (how likely the prompt is, read from the picture), `likelihood` (how likely the
+    picture is, given the prompt) and `log_ratio` (and how much more than without) rank as their names say;
+    `clip_reading` by the first two together, `rank` by the score that ranks, the first three; `oracle` lets the judge
+    itself choose, which no ranker can beat.
     Raises ValueError for a judge that doesn't suit the prompts, and without matplotlib.
     """
     plot = load_matplotlib()
@@ -86,6 +89,10 @@ def _prompts_and_judge(
             raise ValueError("shapes are judged by their checker: leave out --judge, or give prompts of your own")
         prompts = held_out_prompts(num_prompts or _SHAPES_PROMPTS, seed)
         return prompts, *shapes_judge()
+    if prompts_from == "emoji":
+        if judge is not None:
+            raise ValueError("emoji are judged by their glyphs: leave out --judge, or give prompts of your own")
+        return emoji_judge(load_bundle(checkpoint).recipe.data.image_size, num_prompts or _EMOJI_PROMPTS)
     if judge is None:
         raise ValueError("prompts of your own need --judge CHECKPOINT, whose CLIP judges what the other one ranks")
     score, judged_by = clip_judge(judge, checkpoint)
@@ -111,6 +118,22 @@ def clip_judge(judge: str, checkpoint: str) -> tuple[Judge, str]:
 def shapes_judge() -> tuple[Judge, str]:
     """The checker of made scenes as judge, and its name."""
     return _checker, "the checker of shapes: share of pictures with every claim right"
+
+
+def emoji_judge(image_size: int, num_prompts: int) -> tuple[list[str], Judge, str]:
+    """Names of emoji, evenly picked, the nearest glyph by pixels as judge, and its name."""
+    glyphs = GlyphJudge(image_size)
+    picks = np.linspace(0, len(glyphs.names), min(num_prompts, len(glyphs.names)), endpoint=False).astype(int)
+
+    def score(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
+        squares = _squares(pictures, image_size)
+        return [float(glyphs.grade(prompt, picture) == 1.0) for picture in squares]
+
+    return (
+        [glyphs.names[pick] for pick in picks],
+        score,
+        "the glyph nearest by pixels: share of pictures that are the right one",
+    )
 
 
 def _checker(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:

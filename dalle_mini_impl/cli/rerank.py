@@ -21,8 +21,10 @@ def rerank(
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hugging Face Hub id.")] = "emoji",
     clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Plot quality against the number of candidates.")] = False,
-    prompts_from: Annotated[str | None, typer.Option(help='Curve: "shapes" (default) or a file of prompts.')] = None,
-    num_prompts: Annotated[int | None, typer.Option(min=2, help="Curve: 100 of shapes, all of a file.")] = None,
+    prompts_from: Annotated[
+        str | None, typer.Option(help='Curve: "shapes" (default), "emoji" or a file of prompts.')
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(min=2, help="Curve: 100, or all of a file.")] = None,
     candidates: Annotated[int | None, typer.Option(min=1, help="Curve: pictures a prompt (default 64).")] = None,
     judge: Annotated[str | None, typer.Option(help="Curve of a file: the checkpoint whose CLIP judges.")] = None,
     seed: Annotated[int | None, typer.Option(help="Curve: seed of scenes and pictures (default 0).")] = None,
@@ -32,7 +34,8 @@ def rerank(
 
     `dalle-mini rerank FOLDER --prompt "a red heart"` prints CLIP's score of each picture, best first.
     `dalle-mini rerank --curve --checkpoint NAME --out DIR` draws candidates for many prompts and plots how good the
-    best of 1, 2, 4 … is, as told by a judge that is not the ranker: the checker of shapes, or another CLIP.
+    best of 1, 2, 4 … is, as told by a judge that is not the ranker: the checker of shapes, the true glyphs of emoji, or
+    another CLIP.
     """
     of_curve = {"prompts-from": prompts_from, "num-prompts": num_prompts, "candidates": candidates}
     of_curve |= {"judge": judge, "seed": seed}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dalle_mini_impl.data.prepare import PreparedData
+from dalle_mini_impl.drawing import LIKELIHOOD_WEIGHT
 from dalle_mini_impl.drawn import RankedPicture
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.rerank import CurvePoint, FloatArray, best_of_n_curve
@@ -20,6 +21,7 @@ RANKERS = {
     "log_ratio": "best by log-likelihood ratio",
     "reading": "best by reading the caption",
     "likelihood": "best by likelihood",
+    "clip_reading": "best by CLIP and reading",
     "rank": "best by rank, all together",
     "oracle": "best by the judge itself",
 }
@@ -96,8 +98,16 @@ def scores_of(pictures: Sequence[RankedPicture]) -> dict[str, list[float | None]
         "log_ratio": [picture.log_ratio for picture in pictures],
         "reading": [picture.read_score for picture in pictures],
         "likelihood": [picture.log_likelihood for picture in pictures],
+        "clip_reading": [_clip_and_reading(picture) for picture in pictures],
         "rank": [picture.score for picture in pictures],
     }
+
+
+def _clip_and_reading(picture: RankedPicture) -> float | None:
+    """The score but for the picture's own likelihood; None where one of both is missing."""
+    if picture.clip_score is None or picture.read_score is None:
+        return None
+    return picture.score - LIKELIHOOD_WEIGHT * picture.log_likelihood
 
 
 def ranker_curves(
