@@ -22,7 +22,9 @@ from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training import checkpoint, loop, run, task_builder
 from dalle_mini_impl.training.processes import make_accelerator
 from dalle_mini_impl.training.stages import ORDER
-from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
+from dalle_mini_impl.training.tasks.clip import CLIPTask
+from dalle_mini_impl.training.tasks.dalle import DALLETask
+from dalle_mini_impl.training.tasks.vae import VAETask
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])

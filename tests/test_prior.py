@@ -22,9 +22,9 @@ from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.prior import EmbeddingCodec, Prior, code_cosines
 from dalle_mini_impl.stream import NULL
-from dalle_mini_impl.training.prior_task import PriorTask
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import EvaluationContext
+from dalle_mini_impl.training.tasks.prior import PriorTask
 from tests.test_training_run import DATA, lines, recipe
 from tests.test_training_tasks import batch_of, data, gradients
 from tests.tiny import randomize, tiny_bundle

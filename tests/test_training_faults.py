@@ -22,11 +22,12 @@ from torch import Tensor
 from dalle_mini_impl.cli.app import run_verb
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.data.prepare import PreparedData
-from dalle_mini_impl.training import loop, tasks
+from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import ORDER
 from dalle_mini_impl.training.task import LossModule
+from dalle_mini_impl.training.tasks import clip, dalle, vae
 from tests.tiny import TINY_VALUES, tiny_recipe
 
 DATA = "shapes:count=40"
@@ -95,7 +96,7 @@ def assert_equal(one: Any, other: Any) -> None:
 def test_a_batch_that_is_not_a_number_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN pixels for the VAE (so that its codebook could learn from them) and CLIP, a NaN loss for DALL·E; one each."""
     poisoned: list[str] = []
-    one_step, pixels, loss = loop.StageTrainer._one_step, tasks.images_from_pixels, tasks.DALLETask.loss
+    one_step, pixels, loss = loop.StageTrainer._one_step, vae.images_from_pixels, dalle.DALLETask.loss
     is_now = False
 
     def step(self: loop.StageTrainer, prefetcher: Any) -> None:
@@ -122,8 +123,9 @@ def test_a_batch_that_is_not_a_number_leaves_no_trace(tmp_path: Path, monkeypatc
         return (value * math.nan if is_now else value), parts
 
     monkeypatch.setattr(loop.StageTrainer, "_one_step", step)
-    monkeypatch.setattr(tasks, "images_from_pixels", nan_pixels)
-    monkeypatch.setattr(tasks.DALLETask, "loss", nan_loss)
+    for module in (vae, clip):
+        monkeypatch.setattr(module, "images_from_pixels", nan_pixels)
+    monkeypatch.setattr(dalle.DALLETask, "loss", nan_loss)
     out = tmp_path / "run"
     assert train(recipe(), DATA, out)
     assert poisoned == list(ORDER)

@@ -19,7 +19,9 @@ from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, split_batch
 from dalle_mini_impl.training.task import EvaluationContext, StepContext, Task
-from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask, shift_images
+from dalle_mini_impl.training.tasks.clip import CLIPTask, shift_images
+from dalle_mini_impl.training.tasks.dalle import DALLETask
+from dalle_mini_impl.training.tasks.vae import VAETask
 from tests.tiny import TINY_CAPTIONS, tiny_bundle
 
 NUM_PICTURES = 30

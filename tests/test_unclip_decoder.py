@@ -22,7 +22,7 @@ from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.sampling import every_row, log_likelihood_ratio, sample_rows
 from dalle_mini_impl.stream import NULL, PAD, Stream
 from dalle_mini_impl.training.batches import BatchOrder
-from dalle_mini_impl.training.tasks import DALLETask
+from dalle_mini_impl.training.tasks.dalle import DALLETask
 from tests.test_training_tasks import batch_of, data, gradients, token_cache
 from tests.tiny import randomize, tiny_bundle
 

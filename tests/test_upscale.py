@@ -21,7 +21,7 @@ from dalle_mini_impl.sheet import read_metadata
 from dalle_mini_impl.training.batches import BatchOrder
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import StepContext
-from dalle_mini_impl.training.upscale_task import UpscaleTask
+from dalle_mini_impl.training.tasks.upscale import UpscaleTask
 from dalle_mini_impl.vae.upsampler import Upscaler, enlarge, inputs_of
 from tests.test_training_run import DATA, recipe
 from tests.test_training_tasks import batch_of, data, gradients, token_cache

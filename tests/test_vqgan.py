@@ -28,7 +28,7 @@ from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import stage_order
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
-from dalle_mini_impl.training.vqgan import VQGANTask
+from dalle_mini_impl.training.tasks.vqgan import VQGANTask
 from dalle_mini_impl.vae.augment import diff_augment
 from dalle_mini_impl.vae.discriminator import PatchDiscriminator, generator_loss
 from dalle_mini_impl.vae.model import DiscreteVAE

@@ -21,12 +21,14 @@ from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
 from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pretrained import Bundle, build_clip, build_dalle, build_prior, build_upscaler, build_vae
 from dalle_mini_impl.training.batches import derive_seed
-from dalle_mini_impl.training.prior_task import PriorTask
 from dalle_mini_impl.training.progress import counting
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
-from dalle_mini_impl.training.tasks import CLIPTask, DALLETask, VAETask
-from dalle_mini_impl.training.upscale_task import UpscaleTask
-from dalle_mini_impl.training.vqgan import VQGANTask
+from dalle_mini_impl.training.tasks.clip import CLIPTask
+from dalle_mini_impl.training.tasks.dalle import DALLETask
+from dalle_mini_impl.training.tasks.prior import PriorTask
+from dalle_mini_impl.training.tasks.upscale import UpscaleTask
+from dalle_mini_impl.training.tasks.vae import VAETask
+from dalle_mini_impl.training.tasks.vqgan import VQGANTask
 from dalle_mini_impl.vae.discriminator import PatchDiscriminator
 from dalle_mini_impl.vae.upsampler import FACTOR
 

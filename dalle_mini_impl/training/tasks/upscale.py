@@ -14,13 +14,13 @@ from dalle_mini_impl.sheet import reconstruction_sheet, save_sheet
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
-from dalle_mini_impl.training.tasks import _Task
+from dalle_mini_impl.training.tasks.base import BaseTask
 from dalle_mini_impl.vae.losses import reconstruction_metrics
 from dalle_mini_impl.vae.model import DiscreteVAE
 from dalle_mini_impl.vae.upsampler import Upscaler, enlarge, inputs_of
 
 
-class UpscaleTask(_Task):
+class UpscaleTask(BaseTask):
     """Pictures at twice the size from the ids of the small ones, in the views of the id cache."""
 
     stage: Stage = "upscale"

@@ -20,7 +20,7 @@ from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.evaluation import NUM_RECONSTRUCTIONS
 from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
-from dalle_mini_impl.training.tasks import VAETask
+from dalle_mini_impl.training.tasks.vae import VAETask
 from dalle_mini_impl.vae.augment import NUM_DRAWS
 from dalle_mini_impl.vae.discriminator import PatchDiscriminator
 from dalle_mini_impl.vae.model import DiscreteVAE, VAEOutput

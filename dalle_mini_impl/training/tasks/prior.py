@@ -21,12 +21,12 @@ from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
-from dalle_mini_impl.training.tasks import _Task, captioned, encode, pick_caption
+from dalle_mini_impl.training.tasks.base import BaseTask, captioned, encode, pick_caption
 
 _MAX_FITTED, _MAX_FITTED_DOTS = 100_000, 4096  # pictures, evenly spaced over those of training
 
 
-class PriorTask(_Task):
+class PriorTask(BaseTask):
     """Captions, CLIP's embeddings of them and of their plain pictures."""
 
     stage: Stage = "prior"
