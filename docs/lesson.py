@@ -125,7 +125,8 @@ axis.set(yticks=range(8), xticks=range(8), xlabel="caption", ylabel="picture")
 axis.set_yticklabels([f"{number}  {caption[:34]}" for number, caption in enumerate(SCENES)])
 for row in range(8):
     for column in range(8):
-        axis.text(column, row, f"{cosines[row, column]:.2f}", ha="center", va="center", color="white", fontsize=8)
+        ink = "black" if cosines[row, column] > 0.4 else "white"
+        axis.text(column, row, f"{cosines[row, column]:.2f}", ha="center", va="center", color=ink, fontsize=8)
 show_figure(figure)
 captions_found = (cosines.argmax(dim=1) == torch.arange(8)).sum().item()
 print(
@@ -633,7 +634,7 @@ print(
 # DALL·E gives p(picture | caption). By Bayes' rule p(caption | picture) is proportional to it, if all captions are equally likely before. So the
 # generator is a classifier as well, with `TextToImage.score`, though nobody trained one. For each held-out scene its own
 # caption and the turned one: the difference of the log-likelihoods, in nats. Above 0 means that the true one wins. Where CLIP
-# tossed a coin, the generator should be sure of some, and undecided (near 0) about others: to draw a scene it had to learn where things go.
+# tossed a coin, the generator should be sure of some, undecided (near 0) about others, and wrong now and then: to draw a scene it had to learn where things go.
 
 # %%
 flipped = [turned(caption) for caption in SCENES]
@@ -692,7 +693,7 @@ show(
         "some of the 1,200 training pictures",
         [(Image.open(world / f"{i:04d}.png"), (world / f"{i:04d}.txt").read_text()) for i in range(7)],
     ),
-    cell_px=96,
+    cell_px=104,
 )
 
 # %% [markdown]
@@ -777,7 +778,7 @@ prompts = [named(*pair) for pair in (*seen, *unseen)]
 drawn = unclip.draw(prompts, candidates=5, keep=5, seed=0)
 show(
     *(
-        (row[0].prompt + (" (never shown)" if pair in unseen else ""), [(p.image, f"{p.score:.1f}") for p in row])
+        (row[0].prompt + (" (unseen)" if pair in unseen else ""), [(p.image, f"{p.score:.1f}") for p in row])
         for row, pair in zip(drawn, (*seen, *unseen))
     ),
     cell_px=40,
