@@ -7,12 +7,13 @@ STAMP := $(VENV)/.installed
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test lint types unit format constraints clean
+.PHONY: help demo test lint types unit format lesson constraints clean
 
 help:
 	@echo "make demo         draw pictures for a few prompts with the checkpoint that ships"
 	@echo "make test         lint, types and all tests"
 	@echo "make format       format and fix the code"
+	@echo "make lesson       run docs/lesson.py and keep it, with its pictures, as docs/lesson.ipynb"
 	@echo "make constraints  pin the newest versions that install and pass"
 	@echo "make clean        remove the virtual environment and caches"
 
@@ -36,6 +37,9 @@ unit: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+lesson: $(STAMP)
+	$(BIN)/python docs/build_lesson.py
 
 # The stamp is younger than pyproject.toml and constraints.txt where the environment holds what they ask for.
 # Linux without an NVIDIA driver takes PyTorch's CPU build, a tenth of the size, where its index can be reached.
