@@ -61,6 +61,7 @@ def draw_curve(
     curves = ranker_curves(scores, quality, _RANKERS, seed)
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
+        "recipe": model.bundle.recipe.name,
         "checkpoint_hash": model.bundle.checkpoint_hash,
         "clip": None if model.embedder is None else model.embedder.name,
         "prompts_from": prompts_from,
@@ -170,7 +171,7 @@ def _plot(figures: Any, curves: dict[str, list[CurvePoint]], facts: dict[str, An
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("candidates N")
     axes.set_ylabel(facts["judge"].split(": ")[-1])
-    axes.set_title(f"{facts['checkpoint']}: best of N, {facts['num_prompts']} prompts, 95 % intervals")
+    axes.set_title(f"{facts['recipe']}: best of N, {facts['num_prompts']} prompts, 95 % intervals")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
