@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from dalle_mini_impl.stream import NULL
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import EvaluationContext
 from dalle_mini_impl.training.tasks.prior import PriorTask
+from tests.processes import train_in_processes
 from tests.test_training_run import DATA, lines, recipe
 from tests.test_training_tasks import batch_of, data, gradients
 from tests.tiny import randomize, tiny_bundle
@@ -295,23 +293,7 @@ def test_two_processes_see_the_losses_of_one(finished: Path, tmp_path: Path) -> 
     for later in ("prior", "dalle"):
         shutil.rmtree(out / "state" / later)
     shutil.rmtree(out / "cache")
-    (tmp_path / "recipe.json").write_text(unclip_recipe().model_dump_json())
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import json\n"
-        "from dalle_mini_impl.config import Recipe\n"
-        "from dalle_mini_impl.training.processes import make_accelerator\n"
-        "from dalle_mini_impl.training.run import train\n"
-        "accelerator = make_accelerator()\n"
-        "assert accelerator.num_processes == 2\n"
-        f"recipe = Recipe.parse(json.load(open({str(tmp_path / 'recipe.json')!r})))\n"
-        f"assert train(recipe, {DATA!r}, {str(out)!r}, accelerator=accelerator)\n"
-        "accelerator.end_training()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert train_in_processes(unclip_recipe(), DATA, out, world_size=2, stages=("prior", "dalle")) == [0, 0]
     for stage in ("prior", "dalle"):
         for ours, theirs in zip(lines(out, stage), lines(finished, stage), strict=True):
             assert ours.pop("stage") == theirs.pop("stage")

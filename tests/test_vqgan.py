@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from dalle_mini_impl.training.tasks.vqgan import VQGANTask
 from dalle_mini_impl.vae.augment import diff_augment
 from dalle_mini_impl.vae.discriminator import PatchDiscriminator, generator_loss
 from dalle_mini_impl.vae.model import DiscreteVAE
+from tests.processes import train_in_processes
 from tests.test_training_run import DATA, QUICK, Crash, crash, interrupt, lines, terminate
 from tests.test_training_tasks import batch_of, data, gradients
 from tests.tiny import tiny_bundle, tiny_recipe
@@ -358,23 +356,7 @@ def test_the_discriminators_state_comes_back_whole(before: Path, tmp_path: Path)
 
 def test_two_processes_train_what_one_does(before: Path, finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(before, tmp_path / "two")
-    (tmp_path / "recipe.json").write_text(recipe().model_dump_json())
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import json\n"
-        "from dalle_mini_impl.config import Recipe\n"
-        "from dalle_mini_impl.training.processes import make_accelerator\n"
-        "from dalle_mini_impl.training.run import train\n"
-        "accelerator = make_accelerator()\n"
-        "assert accelerator.num_processes == 2\n"
-        f"recipe = Recipe.parse(json.load(open({str(tmp_path / 'recipe.json')!r})))\n"
-        f"assert train(recipe, {DATA!r}, {str(out)!r}, stages=['vqgan'], accelerator=accelerator)\n"
-        "accelerator.end_training()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert train_in_processes(recipe(), DATA, out, world_size=2, stages=["vqgan"]) == [0, 0]
     for ours, theirs in zip(lines(out, "vqgan"), lines(finished, "vqgan"), strict=True):
         assert ours.pop("stage") == theirs.pop("stage")
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-4)
