@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.config import Recipe, Stage, TrainConfig
 
-ORDER: tuple[Stage, ...] = ("vae", "clip", "dalle")
+ORDER: tuple[Stage, ...] = TrainConfig().stages
 """What a recipe trains unless it says otherwise."""
 
 
