@@ -18,6 +18,7 @@ import torch._dynamo  # every optimizer loads it
 from accelerate import Accelerator
 
 from dalle_mini_impl.cli.app import run_verb
+from dalle_mini_impl.cli.processes import leaving_together
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training import checkpoint, loop, run, task_builder
 from dalle_mini_impl.training.processes import make_accelerator
@@ -115,14 +116,13 @@ def _train(
     if rank in points:
         _come_by(points[rank])
     loop.SAVE_EVERY_SEC = 0.0
-    accelerator = make_accelerator()
-    assert accelerator.num_processes == world_size
     try:
-        finished = run.train(Recipe.parse(values), data, out, stages=stages, resume=True, accelerator=accelerator)
+        with leaving_together():
+            accelerator = make_accelerator()
+            assert accelerator.num_processes == world_size
+            finished = run.train(Recipe.parse(values), data, out, stages=stages, resume=True, accelerator=accelerator)
     except KeyboardInterrupt:
         sys.exit(4)
-    finally:
-        accelerator.end_training()
     sys.exit(0 if finished else 3)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from dalle_mini_impl.cli.processes import leaving_together
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.dtensors import local, part_like, whole
@@ -42,7 +43,6 @@ def main(folder: Path, recipe: Recipe, data: str) -> None:
     break_off(folder, recipe, data, accelerator)
     assert train(recipe, data, folder / "stopped", accelerator=accelerator, stages=["dalle"], resume=True)
     check_budget(folder, recipe, data, accelerator)
-    accelerator.end_training()
 
 
 def check_budget(folder: Path, recipe: Recipe, data: str, accelerator: Accelerator) -> None:
@@ -108,4 +108,5 @@ def break_off(folder: Path, recipe: Recipe, data: str, accelerator: Accelerator)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Recipe.parse(json.loads(Path(sys.argv[2]).read_text())), sys.argv[3])
+    with leaving_together():
+        main(Path(sys.argv[1]), Recipe.parse(json.loads(Path(sys.argv[2]).read_text())), sys.argv[3])
