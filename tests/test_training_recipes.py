@@ -12,7 +12,7 @@ from dalle_mini_impl.pretrained import build_upscaler
 from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, adopt_architecture
 from tests.tiny import tiny_bundle
 
-ALWAYS_THE_RECIPES_OWN = {"name", "seed", "train", "vqgan", "sampling"}
+ALWAYS_THE_RECIPES_OWN = {"grpo", "name", "seed", "train", "vqgan", "sampling"}
 TRAINING_KEYS: dict[str, frozenset[str]] = {
     "data": frozenset({"validation_fraction", "image_column", "caption_column", "min_side_px", "max_megapixels"}),
     "text": frozenset({"bpe_dropout"}),
@@ -89,6 +89,12 @@ def test_a_prefix_can_be_gained_and_never_lost() -> None:
     plain, with_prefix = tiny_bundle(), tiny_bundle("dalle.image_prefix=2")
     assert adopt_architecture(with_prefix.recipe, plain).dalle.image_prefix == 2
     assert adopt_architecture(plain.recipe, with_prefix).dalle.image_prefix == 2
+
+
+def test_reading_can_be_gained_and_never_lost() -> None:
+    plain, reading = tiny_bundle(), tiny_bundle("dalle.reading_share=0.25")
+    assert adopt_architecture(reading.recipe, plain).dalle.reading_share == 0.25
+    assert adopt_architecture(plain.recipe, reading).dalle.reading_share == 0.25
 
 
 def test_models_that_a_checkpoint_lacks_are_the_recipes_own() -> None:

@@ -161,6 +161,17 @@ def test_a_resumed_stage_stays_compiled(finished: Path, tmp_path: Path, monkeypa
     assert len(calls) == 2, "other kernels give other bits"
 
 
+def test_a_checkpoint_learns_to_read_by_fine_tuning(finished: Path, tmp_path: Path) -> None:
+    still = ("train.dalle.learning_rate=1e-9", "train.dalle.muon_learning_rate=1e-9", "dalle.reading_share=0.25")
+    assert train(recipe(*still), DATA, tmp_path / "reads", stages=["dalle"], init_from=str(finished))
+    before, after = load_bundle(finished).dalle, load_bundle(tmp_path / "reads").dalle
+    assert before is not None and after is not None
+    assert before.reading is None and after.reading is not None
+    for name, value in before.state_dict().items():
+        assert torch.allclose(after.state_dict()[name], value, atol=1e-6), name
+    assert "read_nll" in lines(tmp_path / "reads", "dalle")[-1]
+
+
 def test_fine_tuning_keeps_the_tokenizer_and_starts_from_the_weights(finished: Path, tmp_path: Path) -> None:
     other = recipe("dalle.dim=64", "train.dalle.learning_rate=1e-12", "train.dalle.muon_learning_rate=1e-12", steps=2)
     out = tmp_path / "tuned"

@@ -59,16 +59,17 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
 def adopt_architecture(recipe: Recipe, bundle: Bundle) -> Recipe:
     """The recipe with the architecture keys of a checkpoint, as fine-tuning needs it.
 
-    Model sections whose model the checkpoint hasn't got stay the recipe's. So does an image_prefix that its DALL·E
-    hasn't got: fine-tuning can add one. What is taken over against the recipe's word is logged.
+    Model sections whose model the checkpoint hasn't got stay the recipe's. So do an image_prefix and a reading_share
+    that its DALL·E hasn't got: fine-tuning can add them. What is taken over against the recipe's word is logged.
     """
     theirs = bundle.recipe
     sections: dict[str, Any] = {}
     for section, keys in ARCHITECTURE_KEYS.items():
         if section not in (*STAGES, *OPTIONAL_STAGES) or getattr(bundle, section) is not None:
             taken = {key: getattr(getattr(theirs, section), key) for key in keys}
-            if section == "dalle" and taken["image_prefix"] == 0:
-                taken["image_prefix"] = recipe.dalle.image_prefix
+            if section == "dalle":
+                added = {key: getattr(recipe.dalle, key) for key in ("image_prefix", "reading_share")}
+                taken |= {key: value for key, value in added.items() if taken[key] == 0}
             sections[section] = getattr(recipe, section).model_copy(update=taken)
     adopted = recipe.model_copy(update=sections)
     for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():

@@ -221,8 +221,9 @@ class Run:
         config = self.recipe.text
         if self._initial is not None:
             bundle = replace(self._initial, recipe=self.recipe)
-            if self.recipe.dalle.image_prefix != self._initial.stream.image_prefix:  # its DALL·E gains a prefix first
-                bundle = replace(bundle, dalle=None)
+            ours, theirs = self.recipe.dalle, self._initial.recipe.dalle
+            if ours.image_prefix != theirs.image_prefix or bool(ours.reading_share) != bool(theirs.reading_share):
+                bundle = replace(bundle, dalle=None)  # it has to be trained with what it gains first
         elif captions:
             tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))

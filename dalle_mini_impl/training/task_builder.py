@@ -125,13 +125,14 @@ class TaskBuilder:
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
 
-        A DALL·E that is given an image_prefix has that fresh and everything else from the checkpoint.
+        A DALL·E that is given an image_prefix, or learns to read, has that fresh and everything else from the checkpoint.
         """
         torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
         model = build()
         initial = getattr(self.initial, stage, None)
         if initial is not None:
-            fresh = {name: value for name, value in model.state_dict().items() if name.startswith("prefix.")}
+            added = ("prefix.", "reading.")
+            fresh = {name: value for name, value in model.state_dict().items() if name.startswith(added)}
             model.load_state_dict({**fresh, **initial.state_dict()})
         return model
 
