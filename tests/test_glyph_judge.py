@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,19 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.cli.app import main
-from dalle_mini_impl.data.emoji import BACKGROUNDS, EmojiScene, Placed, cells_of, render, survey
+from dalle_mini_impl.data.emoji import (
+    BACKGROUNDS,
+    EmojiScene,
+    EmojiSource,
+    Placed,
+    cells_of,
+    is_held_out,
+    render,
+    survey,
+)
 from dalle_mini_impl.data.emoji_font import find_font
 from dalle_mini_impl.data.emoji_names import with_article
-from dalle_mini_impl.data.glyph_judge import GlyphJudge
+from dalle_mini_impl.data.glyph_judge import GlyphJudge, SceneJudge
 from dalle_mini_impl.files import read_json
 from tests.test_emoji import needs_font
 from tests.tiny import tiny_checkpoint
@@ -70,3 +80,57 @@ def test_the_curve_of_emoji_is_judged_by_their_glyphs(tmp_path: Path, capsys: py
         main(["rerank", "--curve", "--prompts-from", "emoji", "--judge", str(checkpoint), *options])
     assert ended.value.code == 2
     assert "emoji are judged by their glyphs" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[tuple[EmojiScene, str]]:
+    return EmojiSource(image_size=80).held_out_scenes(40)
+
+
+def picture_of(scene: EmojiScene, size: int = 80) -> Tensor:
+    return torch.from_numpy(np.asarray(render(scene, find_font(None), size)).copy()).permute(2, 0, 1).float() / 255
+
+
+@needs_font
+def test_held_out_scenes_say_where_everything_is_and_are_of_no_training(scenes: list[tuple[EmojiScene, str]]) -> None:
+    assert {len(scene.placed) for scene, _ in scenes} == {2, 3}
+    assert all(is_held_out(scene) for scene, _ in scenes)
+    assert not any(" next to " in caption for _, caption in scenes)
+    assert scenes == EmojiSource(image_size=80, scenes=5).held_out_scenes(40)
+    assert scenes[:5] != EmojiSource(image_size=80).held_out_scenes(5, seed=1)
+
+
+@needs_font
+@pytest.mark.parametrize("size", [64, 80])
+def test_true_scenes_hold_and_wrong_ones_dont(size: int) -> None:
+    judge = SceneJudge(size)
+    drawn = [scene for scene, _ in EmojiSource(image_size=size).held_out_scenes(30, seed=2)]
+    for index, scene in enumerate(drawn):
+        picture = picture_of(scene, size)
+        noise = 0.08 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(index))
+        assert judge.holds(scene, picture) and judge.holds(scene, (picture + noise).clamp(0, 1))
+        first, second, *others = scene.placed
+        swapped = (replace(first, glyph=second.glyph), replace(second, glyph=first.glyph), *others)
+        other = next(s for s in drawn if s.placed[0].glyph != first.glyph).placed[0].glyph
+        background = "pink" if scene.background != "pink" else "green"
+        wrong = [
+            replace(scene, placed=swapped),
+            replace(scene, placed=(replace(first, glyph=other), second, *others)),
+            replace(scene, placed=(first, *others)),
+            replace(scene, background=background),
+        ]
+        assert not any(judge.holds(scene, picture_of(one, size)) for one in wrong)
+    two = next(scene for scene in drawn if len(scene.placed) == 2)
+    third = Placed(drawn[0].placed[0].glyph, *([0, 0] if two.placed[0].y else [0, judge.cells // 2]), judge.cells // 2)
+    assert not judge.holds(two, picture_of(replace(two, placed=(*two.placed, third)), size))
+
+
+@needs_font
+def test_the_curve_of_emoji_scenes(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", "data.image_size=32", "vae.downsample=8")
+    options = ["--checkpoint", str(checkpoint), "--num-prompts", "3", "--candidates", "2", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main(["rerank", "--curve", "--prompts-from", "emoji-scenes", *options])
+    assert not ended.value.code
+    facts = read_json(tmp_path / "curve.json", "")
+    assert facts["num_prompts"] == 3 and facts["curves"]["oracle"][0]["mean"] == 0.0

@@ -16,7 +16,8 @@ from torch import Tensor
 from dalle_mini_impl.cli.processes import process_state
 from dalle_mini_impl.cli.sample import progress_bar, read_prompts
 from dalle_mini_impl.data.checker import check_caption
-from dalle_mini_impl.data.glyph_judge import GlyphJudge
+from dalle_mini_impl.data.emoji import EmojiScene, EmojiSource
+from dalle_mini_impl.data.glyph_judge import GlyphJudge, SceneJudge
 from dalle_mini_impl.data.shapes import held_out_prompts
 from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pipeline import TextToImage
@@ -90,10 +91,13 @@ def _prompts_and_judge(
             raise ValueError("shapes are judged by their checker: leave out --judge, or give prompts of your own")
         prompts = held_out_prompts(num_prompts or _SHAPES_PROMPTS, seed)
         return prompts, *shapes_judge()
-    if prompts_from == "emoji":
+    if prompts_from in ("emoji", "emoji-scenes"):
         if judge is not None:
             raise ValueError("emoji are judged by their glyphs: leave out --judge, or give prompts of your own")
-        return emoji_judge(load_bundle(checkpoint).recipe.data.image_size, num_prompts or _EMOJI_PROMPTS)
+        image_size = load_bundle(checkpoint).recipe.data.image_size
+        if prompts_from == "emoji":
+            return emoji_judge(image_size, num_prompts or _EMOJI_PROMPTS)
+        return emoji_scenes_judge(image_size, num_prompts or _EMOJI_PROMPTS, seed)
     if judge is None:
         raise ValueError("prompts of your own need --judge CHECKPOINT, whose CLIP judges what the other one ranks")
     score, judged_by = clip_judge(judge, checkpoint)
@@ -135,6 +139,20 @@ def emoji_judge(image_size: int, num_prompts: int) -> tuple[list[str], Judge, st
         score,
         "the glyph nearest by pixels: share of pictures that are the right one",
     )
+
+
+def emoji_scenes_judge(image_size: int, num_prompts: int, seed: int) -> tuple[list[str], Judge, str]:
+    """Captions of scenes of emoji that training never shows together, their judge, and its name."""
+    scenes: dict[str, EmojiScene] = {}
+    for scene, caption in EmojiSource(image_size=image_size).held_out_scenes(2 * num_prompts, seed):
+        scenes.setdefault(caption, scene)
+    scenes = dict(list(scenes.items())[:num_prompts])
+    judge = SceneJudge(image_size)
+
+    def score(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:
+        return [float(judge.holds(scenes[prompt], picture)) for picture in _squares(pictures, image_size)]
+
+    return list(scenes), score, "the glyphs nearest by pixels: share of pictures with all of them at their places"
 
 
 def _checker(prompt: str, pictures: Sequence[Image.Image]) -> list[float]:

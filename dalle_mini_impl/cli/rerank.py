@@ -22,7 +22,7 @@ def rerank(
     clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     curve: Annotated[bool, typer.Option("--curve", help="Plot quality against the number of candidates.")] = False,
     prompts_from: Annotated[
-        str | None, typer.Option(help='Curve: "shapes" (default), "emoji" or a file of prompts.')
+        str | None, typer.Option(help='Curve: "shapes" (default), "emoji", "emoji-scenes" or a file.')
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(min=2, help="Curve: 100, or all of a file.")] = None,
     candidates: Annotated[int | None, typer.Option(min=1, help="Curve: pictures a prompt (default 64).")] = None,

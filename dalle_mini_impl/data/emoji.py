@@ -172,12 +172,27 @@ class EmojiSource:
 
     def composed(self, rng: random.Random) -> tuple[EmojiScene, tuple[str, ...]]:
         """A scene of 1 to 3 different emoji in clear places, with 2 or 3 captions."""
-        glyphs = rng.sample(self.actors, rng.choices((1, 2, 3), weights=(2, 6, 2))[0])
-        background = rng.choice(self._backgrounds(*glyphs)) if rng.random() < 0.65 else "white"
-        placed, captions = (_one, _two, _three)[len(glyphs) - 1](glyphs, self.cells, rng)
-        scene = EmojiScene(placed, self.cells, background)
+        scene, exact, vague = self._scene(rng)
+        captions = [*exact, *vague]
         chosen = rng.sample(captions, min(3, len(captions)))
         return scene, tuple(dict.fromkeys(_on_background(caption, scene, rng) for caption in chosen))
+
+    def held_out_scenes(self, number: int, seed: int = 0) -> list[tuple[EmojiScene, str]]:
+        """Draws scenes of held-out pairs, each with a caption that says where everything is; none is of training."""
+        chosen: list[tuple[EmojiScene, str]] = []
+        rng = random.Random(f"emoji/held out/{seed}")
+        while len(chosen) < number:
+            scene, exact, _ = self._scene(rng)
+            if is_held_out(scene):
+                chosen.append((scene, _on_background(rng.choice(exact), scene, rng)))
+        return chosen
+
+    def _scene(self, rng: random.Random) -> tuple[EmojiScene, list[str], list[str]]:
+        """A scene, captions that say where everything is, and others that leave it open."""
+        glyphs = rng.sample(self.actors, rng.choices((1, 2, 3), weights=(2, 5, 3))[0])
+        background = rng.choice(self._backgrounds(*glyphs)) if rng.random() < 0.65 else "white"
+        placed, exact, vague = (_one, _two, _three)[len(glyphs) - 1](glyphs, self.cells, rng)
+        return EmojiScene(placed, self.cells, background), exact, vague
 
     def _alone(self, glyph: Glyph, repeat: int, rng: random.Random) -> EmojiScene:
         """A glyph that fills its picture, by turns on white and on a colour."""
@@ -239,7 +254,8 @@ def _on_background(caption: str, scene: EmojiScene, rng: random.Random) -> str:
     return f"{caption} on a {'light ' if light else ''}{colour} background"
 
 
-Composition = tuple[tuple[Placed, ...], list[str]]
+Composition = tuple[tuple[Placed, ...], list[str], list[str]]
+"""What stands where, captions that say so, and captions that leave it open."""
 
 
 def _one(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
@@ -250,7 +266,7 @@ def _one(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
     place, (column, row) = rng.choice(list(PLACES.items()))
     thing = with_article(glyph.name)
     captions = [f"{thing} {place}", f"{glyph.name} {place}", f"{place}, {thing}"]
-    return (Placed(glyph, steps[column], steps[row], half),), captions
+    return (Placed(glyph, steps[column], steps[row], half),), captions, []
 
 
 def _two(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
@@ -265,8 +281,8 @@ def _two(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
             f"{first} left of {second}",
             f"{second} to the right of {first}",
             f"{first} on the left and {second} on the right",
-            f"{first} next to {second}",
         ]
+        vague = [f"{first} next to {second}"]
     else:
         places = [(middle, 0), (middle, half)]
         captions = [
@@ -275,8 +291,9 @@ def _two(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
             f"{second} under {first}",
             f"{first} at the top and {second} at the bottom",
         ]
+        vague = []
     placed = tuple(Placed(glyph, *place, half) for glyph, place in zip(glyphs, places, strict=True))
-    return placed, [*captions, f"{first} and {second}"]
+    return placed, captions, [*vague, f"{first} and {second}"]
 
 
 def _three(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
@@ -292,7 +309,6 @@ def _three(glyphs: list[Glyph], cells: int, rng: random.Random) -> Composition:
         f"{left} to the left of {right}, {third} {way} the {anchor}",
         f"{right} to the right of {left} and {third} {way} the {anchor}",
         ", ".join(f"{with_article(g.name)} in the {PARTS[c]} corner" for g, c in zip(glyphs, corners, strict=True)),
-        f"{left}, {right} and {third}",
     ]
     placed = tuple(Placed(g, half * x, half * y, half) for g, (x, y) in zip(glyphs, corners, strict=True))
-    return placed, captions
+    return placed, captions, [f"{left}, {right} and {third}"]
