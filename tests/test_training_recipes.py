@@ -12,7 +12,7 @@ from dalle_mini_impl.pretrained import build_upscaler
 from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, adopt_architecture
 from tests.tiny import tiny_bundle
 
-ALWAYS_THE_RECIPES_OWN = {"grpo", "name", "seed", "train", "vqgan", "sampling"}
+ALWAYS_THE_RECIPES_OWN = {"name", "seed", "train", "vqgan", "sampling"}
 TRAINING_KEYS: dict[str, frozenset[str]] = {
     "data": frozenset({"validation_fraction", "image_column", "caption_column", "min_side_px", "max_megapixels"}),
     "text": frozenset({"bpe_dropout"}),
