@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +143,13 @@ def test_an_arm_with_a_recipe_of_its_own_shares_nothing(base: Path, tmp_path: Pa
     bundle = load_bundle(tmp_path / "paper")
     assert bundle.recipe.dalle.layer_patterns == ("row", "conv") and bundle.recipe.vae.num_codes == 24
     assert "`paper.toml` `vae.quantizer=gumbel`" in table([result])
+
+
+def test_a_bad_plan_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("[arms]\n")
+    arguments = ["plan.toml", "--config", "c.toml", "--data", "shapes", "--out", "out"]
+    command = [sys.executable, "-m", "dalle_mini_impl.bench.ablate", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: plan.toml has no arms: write [arms]") and done.stderr.count("\n") == 1

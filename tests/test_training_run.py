@@ -161,6 +161,26 @@ def test_a_resumed_stage_stays_compiled(finished: Path, tmp_path: Path, monkeypa
     assert len(calls) == 2, "other kernels give other bits"
 
 
+def test_a_new_vae_leaves_no_dalle_that_knows_other_ids(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=r"training vae would change what dalle in .* learned from: choose"):
+        shutil.rmtree(shutil.copytree(finished, tmp_path / "same") / "state" / "vae")
+        train(recipe(), DATA, tmp_path / "same", stages=["vae"])
+    out = tmp_path / "other"
+    with caplog.at_level("WARNING", "dalle_mini_impl"):
+        assert train(recipe(), DATA, out, stages=["vae"], init_from=str(finished))
+    assert "the dalle that the run started from was made for another vae" in caplog.text
+    bundle = load_bundle(out)
+    assert bundle.vae is not None and bundle.clip is not None and bundle.dalle is None
+    caplog.clear()
+    with caplog.at_level("WARNING", "dalle_mini_impl"):  # where it is trained again, there is nothing to say
+        assert train(recipe(), DATA, tmp_path / "all", init_from=str(finished))
+        assert train(recipe(), DATA, out, stages=["dalle"])
+    assert "left out" not in caplog.text
+    assert load_bundle(out).dalle is not None and load_bundle(tmp_path / "all").dalle is not None
+
+
 def test_a_checkpoint_learns_to_read_by_fine_tuning(finished: Path, tmp_path: Path) -> None:
     still = ("train.dalle.learning_rate=1e-9", "train.dalle.muon_learning_rate=1e-9", "dalle.reading_share=0.25")
     assert train(recipe(*still), DATA, tmp_path / "reads", stages=["dalle"], init_from=str(finished))

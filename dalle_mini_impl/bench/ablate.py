@@ -35,6 +35,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dalle_mini_impl.cli.app import run_module
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Stage
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training.checkpoint import StateFolder
@@ -263,4 +264,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_module(main)

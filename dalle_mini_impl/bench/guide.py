@@ -16,6 +16,7 @@ import numpy as np
 import typer
 from torch import Tensor
 
+from dalle_mini_impl.cli.app import run_module
 from dalle_mini_impl.data.checker import check
 from dalle_mini_impl.data.glyph_judge import GlyphJudge
 from dalle_mini_impl.data.scenes import COLOURS, SHAPES
@@ -121,4 +122,4 @@ def _measure(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_module(main)

@@ -39,7 +39,7 @@ from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.processes import check_shared, make_accelerator
 from dalle_mini_impl.training.progress import MetricsLog
 from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
-from dalle_mini_impl.training.stages import asked_for, stage_order
+from dalle_mini_impl.training.stages import asked_for, outdated_by, stage_order
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task_builder import TaskBuilder, read_pictures
 from dalle_mini_impl.training.tracking import Tracking, build_trackers, check_trackers, new_run_id
@@ -250,11 +250,11 @@ class Run:
             accelerator=self.accelerator,
             bundle=self.bundle,
             initial=self._initial,
-            has_dalle=self.states["dalle"].finished,
         )
 
     def train_stage(self, stage: Stage, remaining: Sequence[Stage]) -> bool:
         """Trains the first of the remaining stages and puts it into the checkpoint; False when a signal stopped it."""
+        self._check_nothing_outdated(stage)
         task, state = self._tasks().build(stage), self.states[stage]
         self.tracking.offset = self._steps_before(stage)
         shares: dict[str, float] = {name: getattr(self.recipe.train, name).budget_share for name in remaining}
@@ -280,24 +280,41 @@ class Run:
         with self.stop.waiting():
             is_finished = trainer.run()
             if is_finished:
-                self._keep(stage, task.model, trainer.summary)
+                self._keep(stage, task.model, trainer.summary, remaining)
             else:
                 logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
             return is_finished and (len(remaining) == 1 or not self._all_stop())
+
+    def _check_nothing_outdated(self, stage: Stage) -> None:
+        """Raises ValueError where a stage would make models useless that this run has trained already."""
+        trained = [name for name in outdated_by(stage, self.recipe) if self.states[name].finished]
+        if trained and not self.states[stage].started:
+            remedy = "set vqgan.phase to decoder, or " if stage == "vqgan" else ""
+            raise ValueError(
+                f"training {stage} would change what {' and '.join(trained)} in {self.out} learned from: {remedy}"
+                f"choose another --out, and start it from this one with --init-from"
+            )
 
     def _all_stop(self) -> bool:
         """Whether any process has been told to stop, the same for all."""
         wish = torch.tensor([float(self.stop.requested)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(wish, "sum") > 0)
 
-    def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any]) -> None:
+    def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any], remaining: Sequence[Stage]) -> None:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
         metadata = {**self.bundle.metadata, "metrics": metrics}
         models: dict[str, Any] = {"vae" if stage == "vqgan" else stage: model}
-        if stage == "vqgan" and self.recipe.vqgan.phase == "full" and self.bundle.dalle is not None:
-            logger.warning("the DALL·E that the run started from knows other ids: it is left out of the checkpoint")
-            models["dalle"] = None
+        for name in (name for name in outdated_by(stage, self.recipe) if getattr(self.bundle, name) is not None):
+            models[name] = None
+            if name not in remaining:
+                logger.warning(
+                    "the %s that the run started from was made for another %s: it is left out of the checkpoint; "
+                    "--stage %s trains it anew, from its weights",
+                    name,
+                    "vae" if stage == "vqgan" else stage,
+                    name,
+                )
         self.bundle = replace(self.bundle, **models, metadata=metadata)
         if self.is_main:
             save_bundle(self.bundle, self.out / "checkpoint")

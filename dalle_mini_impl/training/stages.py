@@ -18,6 +18,18 @@ def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
     return "vae", "clip", "prior", "dalle", "vqgan", "upscale"
 
 
+def outdated_by(stage: Stage, recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages whose models are of no use any more where another's has been trained since.
+
+    DALL·E and the upscaler know a VAE's ids, the prior its CLIP's space, and so does a DALL·E with an image_prefix.
+    """
+    if stage == "vae" or (stage == "vqgan" and recipe.vqgan.phase == "full"):
+        return "dalle", "upscale"
+    if stage == "clip":
+        return ("prior", "dalle") if recipe.dalle.image_prefix else ("prior",)
+    return ()
+
+
 def asked_for(recipe: Recipe) -> list[Stage]:
     """Those of train.stages, the prior where DALL·E is trained on picture embeddings, an upscaler if it has one."""
     wanted = set(recipe.train.stages)

@@ -41,7 +41,6 @@ class TaskBuilder:
     """What a run has when a stage begins.
 
     out: its folder. bundle: its checkpoint so far. initial: the checkpoint that it started from, None for none.
-    has_dalle: whether this run has trained its DALL·E already.
     """
 
     recipe: Recipe
@@ -51,7 +50,6 @@ class TaskBuilder:
     accelerator: Accelerator
     bundle: Bundle
     initial: Bundle | None
-    has_dalle: bool
 
     def build(self, stage: Stage) -> Task:
         """A stage's task, with what it needs of the stages before. Raises ValueError where that is missing."""
@@ -100,11 +98,6 @@ class TaskBuilder:
             raise ValueError(
                 "vqgan needs a trained VAE, and a CLIP to see with: train --stage vae and --stage clip first, or start "
                 "from a checkpoint with --init-from"
-            )
-        if recipe.vqgan.phase == "full" and self.has_dalle:
-            raise ValueError(
-                f"vqgan.phase is full, which changes the ids that the DALL·E in {self.out} has learned: set it to "
-                f"decoder, or train vqgan before dalle in another --out"
             )
         torch.manual_seed(derive_seed(recipe.seed, "vqgan", "weights"))
         discriminator = PatchDiscriminator(recipe.vqgan.discriminator_width, recipe.vqgan.discriminator_layers)
