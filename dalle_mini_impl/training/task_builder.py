@@ -118,7 +118,7 @@ class TaskBuilder:
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
 
-        A DALL·E that is given an image_prefix, or learns to read, has that fresh and everything else from the checkpoint.
+        A DALL·E that gains an image_prefix or learns to read has that fresh and everything else from the checkpoint.
         """
         torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
         model = build()
