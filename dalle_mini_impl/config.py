@@ -15,11 +15,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Stage = Literal["clip", "vae", "dalle", "prior", "vqgan", "upscale"]
+Stage = Literal["clip", "vae", "dalle", "prior", "distill", "vqgan", "upscale"]
 STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
 """What every recipe trains unless told otherwise."""
 OPTIONAL_STAGES: tuple[Stage, ...] = ("prior", "upscale")
-"""Those with a model of their own that not every recipe has; `vqgan` trains the model of `vae` further."""
+"""Those with a model of their own that not every recipe has; `vqgan` and `distill` train those of `vae` and `dalle`
+further."""
 View = Literal["plain", "flip"]
 Augmentation = Literal["colour", "translation", "cutout"]
 AttentionPattern = Literal["full", "row", "column", "conv"]
@@ -404,15 +405,30 @@ class AdversarialStageConfig(StageConfig):
     beta1: Share = 0.5
 
 
+class DistillStageConfig(StageConfig):
+    """Distillation's: a short, gentle training, in which rates fall from the start."""
+
+    steps: Positive = 300
+    budget_share: Annotated[float, Field(gt=0)] = 0.06
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 1.5e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    decay_share: Share = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    evaluations: Positive = 2
+
+
 class TrainConfig(Section):
     """The stages."""
 
     stages: tuple[Stage, ...] = ("vae", "clip", "dalle")
-    """What is trained where no --stage is given; add "vqgan" for adversarial training after the others."""
+    """What is trained where no --stage is given; add "distill" for a DALL·E that needs no guidance,
+    "vqgan" for adversarial training of the VAE."""
     clip: CLIPStageConfig = CLIPStageConfig()
     vae: VAEStageConfig = VAEStageConfig()
     dalle: DALLEStageConfig = DALLEStageConfig()
     prior: PriorStageConfig = PriorStageConfig()
+    distill: DistillStageConfig = DistillStageConfig()
     vqgan: AdversarialStageConfig = AdversarialStageConfig()
     upscale: UpscaleStageConfig = UpscaleStageConfig()
 

@@ -8,6 +8,7 @@ several at a time (`window`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,8 @@ def stream_rows(
         if ratio is None or likelihood is None:
             captions = text_ids[[rows[place][0] for place in batch]]
             given, own = (None if values is None else values[batch] for values in (known, embeddings))
-            ratio, likelihood = _log_likelihoods(dalle, captions, partial.ids, 16, given, own)
+            with _precision_of(engine):
+                ratio, likelihood = _log_likelihoods(dalle, captions, partial.ids, 16, given, own)
         ratios[batch], likelihoods[batch] = ratio.cpu(), likelihood.cpu()
     return Samples(ids, ratios if log_ratio else None, likelihoods if log_ratio else None)
 
@@ -280,6 +282,13 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device.type == "cpu" else None
     return "bf16" if is_supported is not None and is_supported() else "fp32"
+
+
+def _precision_of(engine: Engine) -> contextlib.AbstractContextManager[object]:
+    """The type that an engine draws in, for passes of the model itself."""
+    if engine.dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(engine.device.type, dtype=engine.dtype)
 
 
 def _pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes) -> Engine:

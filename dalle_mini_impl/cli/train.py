@@ -34,6 +34,7 @@ class StageName(enum.StrEnum):
     clip = "clip"
     dalle = "dalle"
     prior = "prior"
+    distill = "distill"
     vqgan = "vqgan"
     upscale = "upscale"
 
@@ -78,6 +79,7 @@ def train(
     """Trains every stage in turn: text tokenizer, discrete VAE, CLIP, DALL·E. Finished stages are not repeated.
 
     With dalle.image_prefix also unCLIP's prior, between CLIP and DALL·E; with upscale.factor, at last, the upscaler.
+    --stage distill teaches the DALL·E of the run, or of --init-from, to draw without guidance what it draws with it;
     --stage vqgan trains the VAE of the run, or of --init-from, further against a discriminator.
     """
     from dalle_mini_impl.training.processes import make_accelerator
@@ -170,6 +172,7 @@ def _as_stage(name: StageName) -> Stage:
         StageName.clip: "clip",
         StageName.dalle: "dalle",
         StageName.prior: "prior",
+        StageName.distill: "distill",
         StageName.vqgan: "vqgan",
         StageName.upscale: "upscale",
     }

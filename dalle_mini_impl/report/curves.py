@@ -15,10 +15,16 @@ NAMES = {
     "clip": "CLIP",
     "dalle": "DALL·E",
     "prior": "Prior of unCLIP",
+    "distill": "Distillation of guidance",
     "vqgan": "Adversarial training",
     "upscale": "Upscaler",
 }
-JUDGED_BY = {"prior": ("nll", "nats per code"), "vqgan": ("rfd", "Fréchet distance"), "upscale": ("psnr", "PSNR in dB")}
+JUDGED_BY = {
+    "prior": ("nll", "nats per code"),
+    "distill": ("guidance_kl", "nats per token"),
+    "vqgan": ("rfd", "Fréchet distance"),
+    "upscale": ("psnr", "PSNR in dB"),
+}
 """The held-out metric that picks the weights of a stage that not every run has, and its unit."""
 STEPS = "steps of training"
 

@@ -190,8 +190,9 @@ def draw_samples(
     recipe: Recipe,
     context: EvaluationContext,
     embeddings: EmbeddingCache | None = None,
+    name: str = "dalle",
 ) -> None:
-    """Writes a sheet: held-out captions with their own picture and a few drawn by the sampler, seed by seed the same.
+    """Writes NAME-STEP.png: held-out captions with their own picture and a few drawn by the sampler, of one seed.
 
     With embeddings they are drawn by caption and by that of the held-out picture. Prompts are shared out over the
     processes.
@@ -220,11 +221,11 @@ def draw_samples(
     if context.accelerator.num_processes > 1:
         drawn = gather_object(drawn)
     if context.accelerator.is_main_process and drawn:
-        _write_sheet(vae, data, sorted(drawn, key=lambda item: item[0]), context)
+        _write_sheet(vae, data, sorted(drawn, key=lambda item: item[0]), context, name)
 
 
 def _write_sheet(
-    vae: DiscreteVAE, data: PreparedData, drawn: Sequence[tuple[int, Any]], context: EvaluationContext
+    vae: DiscreteVAE, data: PreparedData, drawn: Sequence[tuple[int, Any]], context: EvaluationContext, name: str
 ) -> None:
     """One row a caption: its held-out picture as the VAE gives it back, then the samples."""
     device = context.accelerator.device
@@ -236,7 +237,7 @@ def _write_sheet(
         labels = ["held out", *("" for _ in pictures)]
         rows.append((data.captions[index][0], list(zip(to_pil(torch.cat([original, pictures])), labels, strict=True))))
     context.folder.mkdir(parents=True, exist_ok=True)
-    save_sheet(contact_sheet(rows), context.folder / f"dalle-{context.step:06d}.png")
+    save_sheet(contact_sheet(rows), context.folder / f"{name}-{context.step:06d}.png")
 
 
 def _share(indices: Indices, context: EvaluationContext) -> Indices:

@@ -42,10 +42,14 @@ from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
 from dalle_mini_impl.training.stages import asked_for, outdated_by, stage_order
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task_builder import TaskBuilder, read_pictures
+from dalle_mini_impl.training.tasks.distill import unguided
 from dalle_mini_impl.training.tracking import Tracking, build_trackers, check_trackers, new_run_id
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
+
+_TRAINS: dict[Stage, Stage] = {"vqgan": "vae", "distill": "dalle"}
+"""Stages that train another one's model further."""
 
 
 def train(
@@ -304,7 +308,7 @@ class Run:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
         metadata = {**self.bundle.metadata, "metrics": metrics}
-        models: dict[str, Any] = {"vae" if stage == "vqgan" else stage: model}
+        models: dict[str, Any] = {_TRAINS.get(stage, stage): model}
         for name in (name for name in outdated_by(stage, self.recipe) if getattr(self.bundle, name) is not None):
             models[name] = None
             if name not in remaining:
@@ -312,10 +316,12 @@ class Run:
                     "the %s that the run started from was made for another %s: it is left out of the checkpoint; "
                     "--stage %s trains it anew, from its weights",
                     name,
-                    "vae" if stage == "vqgan" else stage,
+                    _TRAINS.get(stage, stage),
                     name,
                 )
-        self.bundle = replace(self.bundle, **models, metadata=metadata)
+        is_distilled = stage == "distill" or (self.states["distill"].finished and stage != "dalle")
+        recipe = unguided(self.recipe) if is_distilled else self.recipe
+        self.bundle = replace(self.bundle, **models, recipe=recipe, metadata=metadata)
         if self.is_main:
             save_bundle(self.bundle, self.out / "checkpoint")
             self.states[stage].finish(summary)

@@ -66,7 +66,7 @@ class Sharding:
 
     def check(self, stage: Stage, model: nn.Module, config: StageConfig) -> None:
         """Raises ValueError where a recipe asks for what doesn't go together with sharing out."""
-        if stage in ("prior", "vqgan"):
+        if stage in ("prior", "distill", "vqgan"):
             raise ValueError(
                 f"stage {stage} doesn't work with FSDP, and its models are small: train it with --stage {stage} and a "
                 f"config without FSDP"

@@ -14,8 +14,8 @@ def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
     phase, which comes before DALL·E.
     """
     if recipe.vqgan.phase == "full":
-        return "vae", "clip", "vqgan", "prior", "dalle", "upscale"
-    return "vae", "clip", "prior", "dalle", "vqgan", "upscale"
+        return "vae", "clip", "vqgan", "prior", "dalle", "distill", "upscale"
+    return "vae", "clip", "prior", "dalle", "distill", "vqgan", "upscale"
 
 
 def outdated_by(stage: Stage, recipe: Recipe) -> tuple[Stage, ...]:

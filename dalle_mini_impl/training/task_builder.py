@@ -25,6 +25,7 @@ from dalle_mini_impl.training.progress import counting
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks.clip import CLIPTask
 from dalle_mini_impl.training.tasks.dalle import DALLETask
+from dalle_mini_impl.training.tasks.distill import DistillTask
 from dalle_mini_impl.training.tasks.prior import PriorTask
 from dalle_mini_impl.training.tasks.upscale import UpscaleTask
 from dalle_mini_impl.training.tasks.vae import VAETask
@@ -72,9 +73,18 @@ class TaskBuilder:
         if stage == "upscale":
             return self._upscale_task()
         if bundle.vae is None:
-            raise ValueError("dalle needs a VAE: train --stage vae first, or start from a checkpoint with --init-from")
-        dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
+            raise ValueError(
+                f"{stage} needs a VAE: train --stage vae first, or start from a checkpoint with --init-from"
+            )
         embeddings = self.embeddings() if recipe.dalle.image_prefix else None
+        if stage == "distill":
+            if bundle.dalle is None:
+                raise ValueError(
+                    "distill trains a DALL·E further: train --stage dalle first, or start from a checkpoint with "
+                    "--init-from"
+                )
+            return DistillTask(bundle.dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
+        dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
         return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
 
     def _prior_task(self) -> PriorTask:

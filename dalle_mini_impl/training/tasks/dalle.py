@@ -143,7 +143,7 @@ class DALLETask(BaseTask):
         )
         metrics |= {"image_nll_unigram": self.floor, "image_nll_uniform": math.log(self.stream.image_vocab)}
         evaluation.draw_samples(
-            dalle, self.vae, self.data, self.held_out, self.tokenizer, self.recipe, context, self.embeddings
+            dalle, self.vae, self.data, self.held_out, self.tokenizer, self.recipe, context, self.embeddings, self.stage
         )
         return metrics
 
