@@ -18,6 +18,7 @@ from torch import Tensor
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.filters import choose, choose_without_sorting, guidance_scales, guide
+from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.stream import NULL
 
@@ -35,13 +36,13 @@ class Partial:
 
     ids: (n, index) int64, a view of a buffer that later steps only write behind. index: tokens that are there so far.
     log_ratio: (n,) Σ log p(x | caption) - log p(x | null) over those that were drawn; None where no null pass is made.
-    log_likelihood: (n,) its first part, Σ log p(x | caption); None where log_ratio is.
+    log_likelihood: (n,) its first part, Σ log p(x | caption).
     """
 
     ids: Tensor
     index: int
     log_ratio: Tensor | None
-    log_likelihood: Tensor | None
+    log_likelihood: Tensor
 
 
 class Noise:
@@ -131,16 +132,28 @@ class Branches:
 
         The null caption is read once for all pictures, and what they hold so far in one pass.
         """
-        num_rows = len(ids)
-        null_caption = torch.full((1, self._num_slots), NULL, device=ids.device)
-        logits, cache = self.engine.prefill(null_caption)
-        cache = cache.expand(num_rows)
-        parts = [logits.expand(num_rows, -1)[:, None]]
-        if ids.shape[1]:
-            parts.append(self.engine.extend(ids, cache))
+        logits, cache = _read_null(self.engine, self._num_slots, ids)
         self._cache = self._cache.beside(cache)
         self._guided = True
-        return torch.cat(parts, dim=1).float()
+        return logits
+
+
+def _read_null(engine: Engine, num_slots: int, ids: Tensor) -> tuple[Tensor, KVCache]:
+    """Reads ids (n, k) behind a null caption of so many slots: logits (n, k + 1, V) of ids 0 … k, and the cache."""
+    logits, cache = engine.prefill(torch.full((1, num_slots), NULL, device=ids.device))
+    cache = cache.expand(len(ids))
+    parts = [logits.expand(len(ids), -1)[:, None]]
+    if ids.shape[1]:
+        parts.append(engine.extend(ids, cache))
+    return torch.cat(parts, dim=1).float(), cache
+
+
+@torch.no_grad()
+def null_log_likelihoods(engine: Engine, num_slots: int, ids: Tensor, known: Tensor | None) -> Tensor:
+    """Σ log p(x | null), (n,), of pictures (n, N), over the cells that are FREE in `known`; see `Partial`."""
+    logits, _ = _read_null(engine, num_slots, ids[:, :-1])
+    likelihoods = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+    return likelihoods.sum(dim=1) if known is None else (likelihoods * (known == FREE)).sum(dim=1)
 
 
 @torch.no_grad()
@@ -166,7 +179,7 @@ def decode(
     given = _leading(known)
     ids = torch.empty((num_rows, num_tokens), dtype=torch.long, device=device)
     ids[:, :given] = known[:, :given]
-    ratio = _Ratio(num_rows, known, device) if guided_from < num_tokens else None
+    ratio = _Ratio(num_rows, known, device, has_null=guided_from < num_tokens)
     if given:
         yield _partial(ids, given, ratio)
     if given > 1:
@@ -179,7 +192,7 @@ def decode(
             return
         if guided_from <= index and not branches.guided:
             caught_up = branches.add_null(ids[:, : max(0, index - 1)])
-            if ratio is not None and index:
+            if index:
                 ratio.subtract(caught_up, ids[:, :index], 0)
         if index == 0:
             guess, (conditional, null) = left, (branches.first, caught_up if branches.guided else None)
@@ -195,10 +208,9 @@ def decode(
         branches.take_back(conditional.shape[1] - kept)
         ids[:, index : index + kept] = drawn[:, :kept]
         left = drawn[:, kept:]
-        if ratio is not None:
-            ratio.add(conditional[:, :kept], drawn[:, :kept], index)
-            if null is not None:
-                ratio.subtract(null[:, :kept], drawn[:, :kept], index)
+        ratio.add(conditional[:, :kept], drawn[:, :kept], index)
+        if null is not None:
+            ratio.subtract(null[:, :kept], drawn[:, :kept], index)
         index += kept
         yield _partial(ids, index, ratio)
 
@@ -211,7 +223,7 @@ def _decode_fixed(
     scales: Tensor,
     ids: Tensor,
     index: int,
-    ratio: _Ratio | None,
+    ratio: _Ratio,
     fixed: FixedShapes,
 ) -> Iterator[Partial]:
     """The tokens from `index` ≥ 1 on by one function whose shapes never change: the host only asks for it again."""
@@ -225,18 +237,15 @@ def _decode_fixed(
         given = known.index_select(1, place)
         drawn = torch.where(given == FREE, drawn, given)
         ids.index_copy_(1, place, drawn)
-        if ratio is not None and null is not None:
-            is_drawn = (given == FREE)[:, 0]
-            of_caption, of_null = (
-                part.log_softmax(dim=-1).gather(2, drawn[..., None])[:, 0, 0] for part in (conditional, null)
-            )
-            ratio.likelihood.add_(of_caption * is_drawn)
+        is_drawn = (given == FREE)[:, 0]
+        of_caption = conditional.log_softmax(dim=-1).gather(2, drawn[..., None])[:, 0, 0]
+        ratio.likelihood.add_(of_caption * is_drawn)
+        if null is not None:
+            of_null = null.log_softmax(dim=-1).gather(2, drawn[..., None])[:, 0, 0]
             ratio.total.add_((of_caption - of_null) * is_drawn)
         cell.add_(1)
 
-    run = _prepared(
-        step, fixed, (cell, ids, *branches.state, *(() if ratio is None else (ratio.total, ratio.likelihood)))
-    )
+    run = _prepared(step, fixed, (cell, ids, *branches.state, ratio.total, ratio.likelihood))
     while index < ids.shape[1]:
         run()
         index += 1
@@ -267,9 +276,13 @@ def _prepared(step: Callable[[], None], fixed: FixedShapes, state: Sequence[Tens
 
 
 class _Ratio:
-    """The running log-likelihood ratio of the tokens that are drawn, not given, and its first part."""
+    """The running log-likelihood ratio of the tokens that are drawn, not given, and its first part.
 
-    def __init__(self, num_rows: int, known: Tensor, device: torch.device) -> None:
+    has_null: whether the null branch ever reads along, so that there is a ratio.
+    """
+
+    def __init__(self, num_rows: int, known: Tensor, device: torch.device, *, has_null: bool) -> None:
+        self.has_null = has_null
         self.total = torch.zeros(num_rows, device=device)
         self.likelihood = torch.zeros(num_rows, device=device)
         self._free = known == FREE
@@ -288,10 +301,9 @@ class _Ratio:
         return (likelihoods * self._free[:, start : start + ids.shape[1]]).sum(dim=1)
 
 
-def _partial(ids: Tensor, index: int, ratio: _Ratio | None) -> Partial:
-    if ratio is None:
-        return Partial(ids[:, :index], index, None, None)
-    return Partial(ids[:, :index], index, ratio.total.clone(), ratio.likelihood.clone())
+def _partial(ids: Tensor, index: int, ratio: _Ratio) -> Partial:
+    total = ratio.total.clone() if ratio.has_null else None
+    return Partial(ids[:, :index], index, total, ratio.likelihood.clone())
 
 
 def _leading(known: Tensor) -> int:

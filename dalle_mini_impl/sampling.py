@@ -8,7 +8,6 @@ several at a time (`window`).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
-from dalle_mini_impl.decoding import FREE, Branches, FixedShapes, Noise, Partial, decode
+from dalle_mini_impl.decoding import FREE, Branches, FixedShapes, Noise, Partial, decode, null_log_likelihoods
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.layers.bag_attention import CHUNK
 from dalle_mini_impl.stream import Stream
@@ -187,11 +186,10 @@ def stream_rows(
         if not log_ratio:
             continue
         ratio, likelihood = partial.log_ratio, partial.log_likelihood
-        if ratio is None or likelihood is None:
-            captions = text_ids[[rows[place][0] for place in batch]]
-            given, own = (None if values is None else values[batch] for values in (known, embeddings))
-            with _precision_of(engine):
-                ratio, likelihood = _log_likelihoods(dalle, captions, partial.ids, 16, given, own)
+        if ratio is None:
+            num_slots = int(dalle.stream.num_slots(text_ids[[rows[batch[0]][0]]])[0])
+            given = None if known is None else known[batch].to(engine.device)
+            ratio = likelihood - null_log_likelihoods(engine, num_slots, partial.ids, given)
         ratios[batch], likelihoods[batch] = ratio.cpu(), likelihood.cpu()
     return Samples(ids, ratios if log_ratio else None, likelihoods if log_ratio else None)
 
@@ -204,31 +202,17 @@ def log_likelihood_ratio(
 
     known: (n, N); only cells that are FREE in it count.
     """
-    return _log_likelihoods(dalle, text_ids, image_ids, batch_size, known, None)[0]
-
-
-def _log_likelihoods(
-    dalle: DALLE,
-    text_ids: Tensor,
-    image_ids: Tensor,
-    batch_size: int,
-    known: Tensor | None,
-    embeddings: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The ratio of `log_likelihood_ratio` and its first part."""
     device = dalle.image_head.weight.device
     text_ids, image_ids = text_ids.to(device), image_ids.to(device)
     counts = torch.ones_like(image_ids) if known is None else (known.to(device) == FREE)
-    ratios, likelihoods = [], []
+    ratios = [torch.zeros(0)]
     for first in range(0, len(image_ids), batch_size):
         part = slice(first, first + batch_size)
         text, image = text_ids[part], image_ids[part]
-        own = None if embeddings is None else embeddings[part].to(device)
-        of_caption = dalle.token_log_likelihoods(text, image, own)  # (n, N)
+        of_caption = dalle.token_log_likelihoods(text, image)  # (n, N)
         of_null = dalle.token_log_likelihoods(dalle.stream.null_captions(text), image)
-        ratios.append(((of_caption - of_null) * counts[part]).sum(dim=1))
-        likelihoods.append((of_caption * counts[part]).sum(dim=1))
-    return (torch.cat(ratios), torch.cat(likelihoods)) if ratios else (torch.zeros(0), torch.zeros(0))
+        ratios.append(((of_caption - of_null) * counts[part]).sum(dim=1).cpu())
+    return torch.cat(ratios)
 
 
 def fitting_batch_size(dalle: DALLE, settings: SamplingConfig) -> int:
@@ -282,13 +266,6 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device.type == "cpu" else None
     return "bf16" if is_supported is not None and is_supported() else "fp32"
-
-
-def _precision_of(engine: Engine) -> contextlib.AbstractContextManager[object]:
-    """The type that an engine draws in, for passes of the model itself."""
-    if engine.dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(engine.device.type, dtype=engine.dtype)
 
 
 def _pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes) -> Engine:
