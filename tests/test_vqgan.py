@@ -309,7 +309,7 @@ def test_alone_the_discriminator_leaves_the_checkpoint_as_it_was(before: Path, t
 
 def test_the_full_phase_trains_everything_and_comes_before_dalle(before: Path, tmp_path: Path) -> None:
     full = recipe('vqgan.phase="full"', "vqgan.alone_steps=1")
-    assert stage_order(full) == ("vae", "clip", "vqgan", "prior", "dalle", "upscale")
+    assert stage_order(full) == ("vae", "clip", "vqgan", "prior", "dalle", "distill", "upscale")
     with pytest.raises(ValueError, match=r"would change what dalle in .*: set vqgan.phase to decoder, or"):
         train(full, DATA, shutil.copytree(before, tmp_path / "refused"), stages=["vqgan"])
     out = tmp_path / "full"

@@ -35,7 +35,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dalle_mini_impl.cli.app import run_module
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Stage
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training.checkpoint import StateFolder
@@ -260,9 +259,13 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Settings of all arms.")] = None,
 ) -> None:
     """Train arms of a recipe for the same time each, and compare them."""
-    ablation = Ablation(config, data, out, base, budget, jobs, prompts, set_ or [], read_recipes(plan))
-    typer.echo(table(ablation.run(read_plan(plan))))
+    try:
+        ablation = Ablation(config, data, out, base, budget, jobs, prompts, set_ or [], read_recipes(plan))
+        typer.echo(table(ablation.run(read_plan(plan))))
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":
-    run_module(main)
+    typer.run(main)

@@ -16,7 +16,6 @@ import numpy as np
 import typer
 from torch import Tensor
 
-from dalle_mini_impl.cli.app import run_module
 from dalle_mini_impl.data.checker import check
 from dalle_mini_impl.data.glyph_judge import GlyphJudge
 from dalle_mini_impl.data.scenes import COLOURS, SHAPES
@@ -122,4 +121,4 @@ def _measure(
 
 
 if __name__ == "__main__":
-    run_module(main)
+    typer.run(main)

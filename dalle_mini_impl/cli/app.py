@@ -77,27 +77,16 @@ def _no_verb() -> None:
     """Stands for verbs that weren't asked for."""
 
 
-def run_module(command: Callable[..., Any]) -> None:
-    """Runs the one command of a module that was started by ``python -m``, then exits."""
-    app = _typer()
-    app.command()(guarded(command))
-    app()
-
-
 def _load(verb: str) -> Callable[..., Any]:
-    """The verb's function, guarded."""
-    return guarded(getattr(import_module(f"dalle_mini_impl.cli.{verb}"), verb))
-
-
-def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """A command that is ended by one clear message where a person can help.
+    """The verb's function, ended by one clear message where a person can help.
 
     Exit status 2 says that something is wrong with the input, 1 that a file can't be read or
     written, that memory ran out, that another process was lost, or that a training has run out of its numbers.
     """
+    command: Callable[..., Any] = getattr(import_module(f"dalle_mini_impl.cli.{verb}"), verb)
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         keep_freed_memory()
         process = os.environ.get("LOCAL_RANK", "0")
         try:
@@ -117,7 +106,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {_explain(error)}", err=True)
             raise typer.Exit(1) from None
 
-    return run
+    return guarded
 
 
 def _explain(error: OSError) -> str:

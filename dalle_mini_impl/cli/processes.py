@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "NCCL error")
 """What Gloo and NCCL say where another process has gone."""
+
+_LET_GO_SEC = 0.2
 
 
 class LostProcessError(Exception):
@@ -32,8 +35,10 @@ def leaving_together() -> Iterator[None]:
     """Lets processes that were launched together end together.
 
     Each waits for the others before it closes its connections, and closes them itself: left to the end of the
-    interpreter, threads that still listen to a process that has gone can take this one down with them. A process that
-    fails or is interrupted doesn't wait. Raises LostProcessError where another one failed, which has said why.
+    interpreter, threads that still listen to a process that has gone can take this one down with them. So can a thread
+    of Gloo's that lets go of the last collective's tensors only then, which takes Python's lock: it is given a moment.
+    A process that fails or is interrupted doesn't wait for the others. Raises LostProcessError where another one
+    failed, which has said why.
     """
     try:
         yield
@@ -46,6 +51,7 @@ def leaving_together() -> Iterator[None]:
     finally:
         if _are_connected():
             process_state().destroy_process_group()
+            time.sleep(_LET_GO_SEC)
 
 
 def _are_connected() -> bool:
