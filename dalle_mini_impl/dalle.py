@@ -209,16 +209,16 @@ class DALLE(nn.Module):
                 for pair in zip(*ropes, strict=True)
             ]
             hidden = self._run(torch.cat(x), (tables[0], tables[1]))
-        targets = self._text_targets(text)
+        targets = self.text_targets(text)
         text_logits = self.text_head(hidden[:num_drawn, start:first])
         image_logits = self.image_head(hidden[:num_drawn, first:])
         read_logits = self.text_head(hidden[num_drawn:, start + self.stream.num_image_tokens :])
         return [
-            _nll_sum(text_logits, targets[:num_drawn], ignore=PAD),
+            nll_sum(text_logits, targets[:num_drawn], ignore=PAD),
             (targets[:num_drawn] != PAD).sum(),
-            _nll_sum(image_logits, ids[:num_drawn]),
+            nll_sum(image_logits, ids[:num_drawn]),
             torch.tensor(num_drawn * ids.shape[1], device=ids.device),
-            _nll_sum(read_logits, targets[num_drawn:], ignore=PAD),
+            nll_sum(read_logits, targets[num_drawn:], ignore=PAD),
             (targets[num_drawn:] != PAD).sum(),
         ]
 
@@ -289,7 +289,7 @@ class DALLE(nn.Module):
         for rows, text in self.stream.groups(text_ids):
             logits = self.read_logits(text, image_ids[rows]).float()
             nll = F.cross_entropy(
-                logits.transpose(1, 2), self._text_targets(text), ignore_index=PAD, reduction="none"
+                logits.transpose(1, 2), self.text_targets(text), ignore_index=PAD, reduction="none"
             )  # (n, t - 1), 0 at padding
             result[rows] = -nll.sum(dim=1)
         return result
@@ -404,7 +404,7 @@ class DALLE(nn.Module):
         return []
 
     @staticmethod
-    def _text_targets(text_ids: Tensor) -> Tensor:
+    def text_targets(text_ids: Tensor) -> Tensor:
         """Text ids 1 … t-1 of captions (B, t) that are predicted; PAD in place of those of null captions."""
         return text_ids[:, 1:].masked_fill(text_ids[:, :1] == NULL, PAD)
 
@@ -485,6 +485,6 @@ class DALLE(nn.Module):
         return hidden
 
 
-def _nll_sum(logits: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
+def nll_sum(logits: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
     """Summed negative log-likelihood, 0-d, of targets (B, L) other than `ignore` under logits (B, L, V)."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="sum")

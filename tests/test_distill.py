@@ -11,17 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.cli.app import run_verb
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.stream import NULL
-from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.tasks.distill import DistillTask
 from tests.processes import train_in_processes
-from tests.test_training_run import DATA, QUICK, Crash, crash, interrupt, lines, terminate
+from tests.test_training_run import DATA, QUICK, crash, lines, terminate, train_interrupted
 from tests.test_training_tasks import batch_of, data, gradients, token_cache
+from tests.test_vqgan import command
 from tests.tiny import tiny_bundle, tiny_recipe
 
 READS = "dalle.reading_share=0.25"
@@ -136,19 +135,21 @@ def test_a_distilled_checkpoint_draws_without_guidance(before: Path, finished: P
     assert load_bundle(out).recipe.sampling.guidance == 1.0
 
 
+def test_a_dalle_that_is_trained_anew_needs_guidance_again(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "anew")
+    shutil.rmtree(out / "state" / "dalle")
+    assert train(recipe(), DATA, out, stages=["dalle"])
+    assert load_bundle(out).recipe.sampling.guidance == 3.0
+    assert train(recipe("train.vqgan.steps=2"), DATA, out, stages=["vqgan"])
+    assert load_bundle(out).recipe.sampling.guidance == 3.0
+
+
 @pytest.mark.parametrize(("step", "how"), [(2, terminate), (5, crash)])
 def test_resuming_loses_neither_a_step_nor_a_bit(
     before: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, how: Any
 ) -> None:
     out = shutil.copytree(before, tmp_path / "resumed")
-    monkeypatch.setattr(loop, "SAVE_EVERY_SEC", 0.0)
-    with monkeypatch.context() as patch:
-        interrupt(patch, step, how)
-        if how is terminate:
-            assert train(recipe(), DATA, out, stages=["distill"]) is False
-        else:
-            with pytest.raises(Crash):
-                train(recipe(), DATA, out, stages=["distill"])
+    train_interrupted(monkeypatch, recipe(), out, "distill", step, how)
     assert train(recipe(), DATA, out, stages=["distill"], resume=True)
     assert lines(out, "distill") == lines(finished, "distill")
     expected = weights(finished)
@@ -163,13 +164,6 @@ def test_two_processes_train_what_one_does(before: Path, finished: Path, tmp_pat
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-4)
     expected = weights(finished)
     assert all(torch.allclose(value, expected[name], atol=1e-4) for name, value in weights(out).items())
-
-
-def command(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        run_verb("train", arguments)
-    code = exit_.value.code
-    return code if isinstance(code, int) else 0
 
 
 def test_from_the_command_line(before: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

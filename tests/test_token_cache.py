@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dalle_mini_impl.data.array_cache import Workers
 from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint, images_from_pixels, unigram_nll
 from dalle_mini_impl.vae.model import DiscreteVAE
 from tests.tiny import tiny_bundle
@@ -47,7 +48,7 @@ def test_processes_fill_in_one_file(vae: DiscreteVAE, pictures: np.ndarray, tmp_
             parts.flush()
         second_done.append(True)
 
-    shared = TokenCache.build(tmp_path / "two", vae, pictures, ["plain"], "f", rank=0, world_size=2, barrier=barrier)
+    shared = TokenCache.build(tmp_path / "two", vae, pictures, ["plain"], "f", workers=Workers(0, 2, barrier))
     assert np.array_equal(shared.tokens, whole.tokens)
 
 

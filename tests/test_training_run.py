@@ -121,6 +121,20 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def train_interrupted(
+    monkeypatch: pytest.MonkeyPatch, recipe: Recipe, out: Path, stage: Stage, step: int, how: Callable[[], None]
+) -> None:
+    """Trains one stage until it is stopped in the middle of a step."""
+    monkeypatch.setattr(loop, "SAVE_EVERY_SEC", 0.0)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step, how)
+        if how is terminate:
+            assert train(recipe, DATA, out, stages=[stage]) is False
+        else:
+            with pytest.raises(Crash):
+                train(recipe, DATA, out, stages=[stage])
+
+
 @pytest.mark.parametrize("how", [crash, terminate])
 @pytest.mark.parametrize(("stage", "step"), [("vae", 2), ("clip", 4), ("dalle", 5)])
 def test_resuming_loses_neither_a_step_nor_a_bit(
@@ -131,14 +145,7 @@ def test_resuming_loses_neither_a_step_nor_a_bit(
         shutil.copytree(finished, out)
         for later in ORDER[ORDER.index(stage) :]:
             shutil.rmtree(out / "state" / later)
-    monkeypatch.setattr(loop, "SAVE_EVERY_SEC", 0.0)
-    with monkeypatch.context() as patch:
-        interrupt(patch, step, how)
-        if how is terminate:
-            assert train(recipe(), DATA, out, stages=[stage]) is False
-        else:
-            with pytest.raises(Crash):
-                train(recipe(), DATA, out, stages=[stage])
+    train_interrupted(monkeypatch, recipe(), out, stage, step, how)
     with pytest.raises(ValueError, match="add --resume"):
         train(recipe(), DATA, out, stages=[stage])
     assert train(recipe(), DATA, out, stages=[stage], resume=True)

@@ -19,7 +19,6 @@ from dalle_mini_impl.cli.app import main, run_verb
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
-from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
 from dalle_mini_impl.training.run import train
@@ -30,7 +29,7 @@ from dalle_mini_impl.vae.augment import diff_augment
 from dalle_mini_impl.vae.discriminator import PatchDiscriminator, generator_loss
 from dalle_mini_impl.vae.model import DiscreteVAE
 from tests.processes import train_in_processes
-from tests.test_training_run import DATA, QUICK, Crash, crash, interrupt, lines, terminate
+from tests.test_training_run import DATA, QUICK, crash, lines, terminate, train_interrupted
 from tests.test_training_tasks import batch_of, data, gradients
 from tests.tiny import tiny_bundle, tiny_recipe
 
@@ -328,14 +327,7 @@ def test_resuming_loses_neither_a_step_nor_a_bit_of_either_side(
     before: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, how: Any
 ) -> None:
     out = shutil.copytree(before, tmp_path / "resumed")
-    monkeypatch.setattr(loop, "SAVE_EVERY_SEC", 0.0)
-    with monkeypatch.context() as patch:
-        interrupt(patch, step, how)
-        if how is terminate:
-            assert train(recipe(), DATA, out, stages=["vqgan"]) is False
-        else:
-            with pytest.raises(Crash):
-                train(recipe(), DATA, out, stages=["vqgan"])
+    train_interrupted(monkeypatch, recipe(), out, "vqgan", step, how)
     assert train(recipe(), DATA, out, stages=["vqgan"], resume=True)
     assert lines(out, "vqgan") == lines(finished, "vqgan")
     assert same(checkpoint(out), checkpoint(finished))

@@ -80,14 +80,12 @@ class TokenCache:
         *,
         batch_size: int = 128,
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-        rank: int = 0,
-        world_size: int = 1,
-        barrier: Callable[[], None] = lambda: None,
+        workers: Workers = Workers(),
         progress: Callable[[int, int], None] | None = None,
     ) -> TokenCache:
-        """Encodes pictures uint8 (M, S, S, 3); each of world_size processes its share, into one file.
+        """Encodes pictures uint8 (M, S, S, 3); each process its share, into one file.
 
-        barrier: waits for all processes. progress: called with the pictures done and to do by this process.
+        progress: called with the pictures done and to do by this process.
         Raises ValueError for more codes than an uint16 holds.
         """
         if vae.num_codes > MAX_CODES:
@@ -99,7 +97,7 @@ class TokenCache:
             (len(views), len(pictures), vae.grid_size**2),
             np.uint16,
             lambda tokens, share: _encode_share(tokens, vae, pictures, views, share, batch_size, autocast, progress),
-            Workers(rank, world_size, barrier),
+            workers,
             {"num_codes": vae.num_codes, "views": list(views)},
         )
         cache = cls.open(folder, fingerprint)

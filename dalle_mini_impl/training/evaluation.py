@@ -45,7 +45,7 @@ def reconstruct(vae: DiscreteVAE, data: PreparedData, indices: Indices, context:
     device = context.accelerator.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # psnr, ssim, pictures
     counts = torch.zeros(vae.num_codes, dtype=torch.float64, device=device)
-    for chunk in _chunks(_share(indices, context)):
+    for chunk in chunks(share(indices, context)):
         images = data.images(chunk).to(device)
         with context.autocast():
             ids = vae.encode(images)
@@ -78,9 +78,9 @@ def retrieve(
     vae: where given, decodes of the pictures are judged as well, as reranking will.
     """
     pairs = _distinct(data, indices)
-    own = _share(pairs, context)
+    own = share(pairs, context)
     rows: list[tuple[int, Any, Any, Any]] = []
-    for chunk in _chunks(own):
+    for chunk in chunks(own):
         images = data.images(chunk).to(context.accelerator.device)
         text = tokenizer.batch([data.captions[i][0] for i in chunk], clip.text_length)[0].to(images.device)
         with context.autocast():
@@ -144,7 +144,7 @@ def likelihood(
     device = context.accelerator.device
     others = _other_captions(data, indices)
     sums = torch.zeros(10, dtype=torch.float64, device=device)
-    for chunk in _chunks(_share(indices, context)):
+    for chunk in chunks(share(indices, context)):
         captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
         ids = cache.ids(chunk).to(device)
         text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
@@ -199,7 +199,7 @@ def draw_samples(
     """
     chosen = _distinct(data, indices)
     chosen = chosen[np.linspace(0, len(chosen) - 1, min(NUM_PROMPTS, len(chosen))).round().astype(np.int64)]
-    own = _share(chosen, context)
+    own = share(chosen, context)
     drawn: list[tuple[int, Any]] = []
     if len(own):
         captions = [data.captions[i][0] for i in own]
@@ -240,12 +240,13 @@ def _write_sheet(
     save_sheet(contact_sheet(rows), context.folder / f"{name}-{context.step:06d}.png")
 
 
-def _share(indices: Indices, context: EvaluationContext) -> Indices:
+def share(indices: Indices, context: EvaluationContext) -> Indices:
     """This process's part."""
     return indices[context.accelerator.process_index :: context.accelerator.num_processes]
 
 
-def _chunks(indices: Indices) -> Iterable[Indices]:
+def chunks(indices: Indices) -> Iterable[Indices]:
+    """Batches of BATCH_SIZE, the last as it comes."""
     return (indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE))
 
 

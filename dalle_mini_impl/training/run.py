@@ -307,6 +307,8 @@ class Run:
     def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any], remaining: Sequence[Stage]) -> None:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
+        if stage == "dalle":
+            metrics.pop("distill", None)  # it was of another
         metadata = {**self.bundle.metadata, "metrics": metrics}
         models: dict[str, Any] = {_TRAINS.get(stage, stage): model}
         for name in (name for name in outdated_by(stage, self.recipe) if getattr(self.bundle, name) is not None):
@@ -319,8 +321,7 @@ class Run:
                     _TRAINS.get(stage, stage),
                     name,
                 )
-        is_distilled = stage == "distill" or (self.states["distill"].finished and stage != "dalle")
-        recipe = unguided(self.recipe) if is_distilled else self.recipe
+        recipe = unguided(self.recipe) if "distill" in metrics else self.recipe
         self.bundle = replace(self.bundle, **models, recipe=recipe, metadata=metadata)
         if self.is_main:
             save_bundle(self.bundle, self.out / "checkpoint")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,7 @@ from dalle_mini_impl.vae.upsampler import FACTOR
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
+Cache = TypeVar("Cache", TokenCache, EmbeddingCache)
 
 
 @dataclass(frozen=True)
@@ -141,56 +142,42 @@ class TaskBuilder:
 
     def cache(self) -> TokenCache:
         """The id cache of the VAE as it is now, encoded if it isn't there yet."""
-        vae, accelerator = self.bundle.vae, self.accelerator
-        assert vae is not None
-        vae.to(accelerator.device).eval()
-        folder, views = self.out / "cache", self.recipe.data.views
-        fingerprint = cache_fingerprint(vae, self.data.fingerprint, views)
-        cache = TokenCache.open(folder, fingerprint)
-        accelerator.wait_for_everyone()
-        if cache is not None:
-            return cache
-        dtype = autocast_dtype(self.recipe.train.vae.precision, accelerator.device)
-        with counting("encoding pictures", self.accelerator.is_main_process) as progress:
-            return TokenCache.build(
-                folder,
-                vae,
-                self.data.pictures,
-                views,
-                fingerprint,
-                autocast=lambda: autocast(accelerator.device, dtype),
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                barrier=accelerator.wait_for_everyone,
-                progress=progress,
-            )
+        assert self.bundle.vae is not None
+        precision = self.recipe.train.vae.precision
+        return self._cached(TokenCache, self.bundle.vae, cache_fingerprint, precision, "encoding pictures")
 
     def embeddings(self) -> EmbeddingCache:
         """CLIP's embeddings of all pictures, computed if they aren't there yet. Raises ValueError without a CLIP."""
-        clip, accelerator = self.bundle.clip, self.accelerator
-        if clip is None:
+        if self.bundle.clip is None:
             raise ValueError(
                 "picture embeddings (dalle.image_prefix) are CLIP's: train --stage clip first, or start from a "
                 "checkpoint with --init-from"
             )
-        clip.to(accelerator.device).eval()
+        precision = self.recipe.train.clip.precision
+        return self._cached(EmbeddingCache, self.bundle.clip, embedding_fingerprint, precision, "embedding pictures")
+
+    def _cached(
+        self, kind: type[Cache], model: Any, fingerprint_of: Callable[..., str], precision: str, what: str
+    ) -> Cache:
+        """What a model makes of all pictures, opened or, by all processes together, built; what: that work's name."""
+        accelerator = self.accelerator
+        model.to(accelerator.device).eval()
         folder, views = self.out / "cache", self.recipe.data.views
-        fingerprint = embedding_fingerprint(clip, self.data.fingerprint, views)
-        cache = EmbeddingCache.open(folder, fingerprint)
+        fingerprint = fingerprint_of(model, self.data.fingerprint, views)
+        cache = kind.open(folder, fingerprint)
         accelerator.wait_for_everyone()
         if cache is not None:
             return cache
-        dtype = autocast_dtype(self.recipe.train.clip.precision, accelerator.device)
-        workers = Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-        with counting("embedding pictures", self.accelerator.is_main_process) as progress:
-            return EmbeddingCache.build(
+        dtype = autocast_dtype(precision, accelerator.device)
+        with counting(what, accelerator.is_main_process) as progress:
+            return kind.build(
                 folder,
-                clip,
+                model,
                 self.data.pictures,
                 views,
                 fingerprint,
                 autocast=lambda: autocast(accelerator.device, dtype),
-                workers=workers,
+                workers=Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
                 progress=progress,
             )
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import Recipe, Stage
-from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.dalle import DALLE, nll_sum
 from dalle_mini_impl.filters import guidance_scales, guide
 from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
@@ -36,12 +36,13 @@ class DistillTask(DALLETask):
 
     def __init__(self, before: DALLE, *parts: Any, **more: Any) -> None:
         super().__init__(copy.deepcopy(before), *parts, **more)
-        if all(scale == 1 for scale in guidance_scales(self.recipe.sampling, self.stream.num_image_tokens)):
+        scales = guidance_scales(self.recipe.sampling, self.stream.num_image_tokens)
+        if all(scale == 1 for scale in scales):
             raise ValueError(
                 "sampling.guidance is 1, so that there is nothing to distill: set it above 1, for example to 3"
             )
         self.before = before.eval().requires_grad_(False)
-        self.scales = torch.tensor(guidance_scales(self.recipe.sampling, self.stream.num_image_tokens))
+        self.scales = torch.tensor(scales)
         self.recipe = unguided(self.recipe)
         self._kl_before: float | None = None
 
@@ -69,21 +70,14 @@ class DistillTask(DALLETask):
             view = batch["view"][rows] if dalle.num_views > 1 else None
             embedding = batch["embedding"][rows] if "embedding" in batch else None
             with torch.no_grad():
-                conditional = self._teacher(ids)(text, ids, view, embedding)[1].float()
-                null = self._teacher(ids)(torch.full_like(text, NULL), ids, view)[1].float()
+                conditional = self.before(text, ids, view, embedding)[1].float()
+                null = self.before(torch.full_like(text, NULL), ids, view)[1].float()
             target = guide(conditional, null, scales).log_softmax(dim=-1)
             text_logits, image_logits = dalle(text, ids, view, embedding)
             own = image_logits.float().log_softmax(dim=-1)
             kl_sum = kl_sum + F.kl_div(own, target, reduction="sum", log_target=True)
-            words = text[:, 1:].masked_fill(text[:, :1] == NULL, PAD)
-            text_sum = text_sum + F.cross_entropy(
-                text_logits.float().flatten(0, 1), words.flatten(), ignore_index=PAD, reduction="sum"
-            )
+            text_sum = text_sum + nll_sum(text_logits, dalle.text_targets(text), ignore=PAD)
         return text_sum, kl_sum
-
-    def _teacher(self, like: Tensor) -> DALLE:
-        """The DALL·E before, where the batch is."""
-        return self.before.to(like.device)
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """DALL·E's own metrics, and the divergence from guidance, nats a token, beside that before training."""
@@ -97,9 +91,7 @@ class DistillTask(DALLETask):
         """Nats a picture token over held-out pictures, the same on every process."""
         accelerator = context.accelerator
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        share = self.held_out[accelerator.process_index :: accelerator.num_processes]
-        for start in range(0, len(share), evaluation.BATCH_SIZE):
-            chunk = share[start : start + evaluation.BATCH_SIZE]
+        for chunk in evaluation.chunks(evaluation.share(self.held_out, context)):
             captions = [self.data.captions[index][0] if self.data.captions[index] else None for index in chunk]
             ids = self.cache.ids(chunk).to(accelerator.device)
             batch = {

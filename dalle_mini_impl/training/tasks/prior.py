@@ -119,9 +119,7 @@ class PriorTask(BaseTask):
         device = context.accelerator.device
         clip = self._frozen_clip(device)
         sums = torch.zeros(8, dtype=torch.float64, device=device)
-        share = self.held_out[context.accelerator.process_index :: context.accelerator.num_processes]
-        for start in range(0, len(share), evaluation.BATCH_SIZE):
-            chunk = share[start : start + evaluation.BATCH_SIZE]
+        for chunk in evaluation.chunks(evaluation.share(self.held_out, context)):
             captions = [self.data.captions[index][0] for index in chunk]
             text = self.tokenizer.batch(captions, clip.text_length)[0].to(device)
             true = self.embeddings.vectors(chunk).to(device)

@@ -79,9 +79,8 @@ class UpscaleTask(BaseTask):
         """PSNR (dB) and SSIM on large held-out pictures, beside those of enlarging the VAE's own; writes a sheet."""
         accelerator = context.accelerator
         sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
-        share = self.held_out[accelerator.process_index :: accelerator.num_processes]
-        for start in range(0, len(share), evaluation.BATCH_SIZE):
-            large, drawn, resized = self._pictures(model, share[start : start + evaluation.BATCH_SIZE], context)
+        for chunk in evaluation.chunks(evaluation.share(self.held_out, context)):
+            large, drawn, resized = self._pictures(model, chunk, context)
             values = [reconstruction_metrics(large, pictures) for pictures in (drawn, resized)]
             parts = [value[name].sum() for value in values for name in ("psnr", "ssim")]
             sums += torch.stack([*parts, parts[0].new_tensor(len(large))])
