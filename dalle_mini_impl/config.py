@@ -236,6 +236,9 @@ class DALLEConfig(Section):
     reading_share: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training pictures whose captions are read from the picture, instead of the picture being drawn:
     what a caption's likelihood, a second ranker beside CLIP, is learned from."""
+    reading_after: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training that is over before captions are read: which word belongs to which thing is learned sooner
+    where all pictures are drawn."""
     image_prefix: Annotated[int, Field(ge=0, le=64)] = 0
     """Tokens ahead of the caption that stand for CLIP's embedding of the picture (unCLIP's decoder); 0: none."""
     embedding_dropout: Share = 0.1

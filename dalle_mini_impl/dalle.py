@@ -202,13 +202,15 @@ class DALLE(nn.Module):
                 self.embed(text[drawn], inputs[drawn, :-1], *own),
                 self._embed_for_reading(text[read], ids[read]),
             ]
-            ropes = [rope, self._rope(self._reading_slots(text.shape[1]))]
-            counts = [num_drawn, len(text) - num_drawn]
-            tables = [
-                torch.cat([table.expand(n, 1, -1, -1) for table, n in zip(pair, counts, strict=True)])
-                for pair in zip(*ropes, strict=True)
-            ]
-            hidden = self._run(torch.cat(x), (tables[0], tables[1]))
+            if num_drawn < len(text):
+                ropes = [rope, self._rope(self._reading_slots(text.shape[1]))]
+                counts = [num_drawn, len(text) - num_drawn]
+                cos, sin = (
+                    torch.cat([table.expand(n, 1, -1, -1) for table, n in zip(pair, counts, strict=True)])
+                    for pair in zip(*ropes, strict=True)
+                )
+                rope = cos, sin
+            hidden = self._run(torch.cat(x), rope)
         targets = self.text_targets(text)
         text_logits = self.text_head(hidden[:num_drawn, start:first])
         image_logits = self.image_head(hidden[:num_drawn, first:])

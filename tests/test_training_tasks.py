@@ -196,13 +196,29 @@ def test_every_fourth_sample_is_read_and_keeps_its_caption() -> None:
     assert gradient["reading.weight"].abs().max() > 0
 
 
+@pytest.mark.parametrize("micro_batch_size", [12, 5])
+def test_before_reading_begins_all_pictures_are_drawn(micro_batch_size: int) -> None:
+    later, never = dalle_task("dalle.reading_share=0.25", "dalle.reading_after=0.6"), dalle_task()
+    never.model.load_state_dict({k: v for k, v in later.model.state_dict().items() if k != "reading.weight"})
+    batch = batch_of(later)
+    assert batch["reads"].any()
+    metrics, gradient = gradients(later, batch, micro_batch_size)  # half of the run is over
+    drawn, expected = gradients(never, {**batch, "reads": torch.zeros(12, dtype=torch.bool)}, None)
+    assert metrics == pytest.approx(drawn, rel=1e-4) and "read_nll" not in metrics
+    assert gradient.pop("reading.weight").abs().max() == 0
+    for name, value in expected.items():
+        assert torch.allclose(gradient[name], value, atol=1e-5), name
+    begun, _ = gradients(dalle_task("dalle.reading_share=0.25", "dalle.reading_after=0.5"), batch, None)
+    assert begun["read_nll"] > 0
+
+
 def test_the_dalle_loss_weighs_the_means_of_text_and_image() -> None:
     task = dalle_task()
     batch = batch_of(task)
     metrics, _ = gradients(task, batch, None)
     assert metrics["loss"] == pytest.approx(metrics["text_nll"] / 8 + metrics["image_nll"] * 7 / 8, rel=1e-4)
     not_null = ~(batch["text"] == NULL).all(dim=1)
-    assert task.counts(batch).tolist() == [int((batch["text"][not_null][:, 1:] != PAD).sum()), 12 * 16, 0]
+    assert task.counts(batch).tolist() == [[int((batch["text"][not_null][:, 1:] != PAD).sum()), 12 * 16], [0, 0]]
 
 
 def test_clip_trains_on_captioned_pictures_and_decodes_its_share() -> None:

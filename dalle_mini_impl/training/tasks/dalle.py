@@ -109,28 +109,30 @@ class DALLETask(BaseTask):
         return batch
 
     def counts(self, batch: Batch) -> Tensor:
-        """Text tokens that are predicted (no padding, no null captions), image tokens, text tokens that are read."""
+        """Text tokens to predict (no padding, no null captions) and image tokens: (2, 2), of the drawn and the read."""
         is_target = (batch["text"][:, 1:] != PAD) & (batch["text"][:, :1] != NULL)
-        reads = batch["reads"]
-        drawn = (~reads).sum() * batch["ids"].shape[1]
-        counts = (is_target[~reads].sum(), drawn, is_target[reads].sum())
-        return torch.tensor([int(count) for count in counts], dtype=torch.float64)
+        parts = (~batch["reads"], batch["reads"])
+        counts = [(int(is_target[rows].sum()), int(rows.sum()) * batch["ids"].shape[1]) for rows in parts]
+        return torch.tensor(counts, dtype=torch.float64)
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """text_loss_weight × mean over text tokens + the rest × mean over image tokens, both of the global batch.
 
-        With a reading_share, that share of the loss is the mean over tokens of captions read from their pictures.
+        With a reading_share, once reading_after of the run is over, that share of the loss is the mean over tokens of
+        captions read from their pictures; until then those pictures are drawn as the others are.
         """
-        dalle = cast(DALLE, model)
-        num_text, num_image, num_read = context.counts.float().clamp(min=1)
-        weight = self.recipe.dalle.text_loss_weight
+        dalle, config = cast(DALLE, model), self.recipe.dalle
+        is_reading = config.reading_share > 0 and context.progress >= config.reading_after
+        share, weight = config.reading_share if is_reading else 0.0, config.text_loss_weight
         view = batch["view"] if dalle.num_views > 1 else None
-        share = self.recipe.dalle.reading_share
-        reads = batch["reads"] if share else None
+        reads = batch["reads"] & is_reading if config.reading_share else None
+        drawn, read = context.counts.float()  # (2,) each: text and image tokens
+        num_text, num_image = (drawn if is_reading else drawn + read).clamp(min=1)
+        num_read = read[0].clamp(min=1)
         losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], reads, batch.get("embedding"))
         loss = (1 - share) * losses.total(weight, num_text, num_image)
         parts = {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
-        if share:
+        if is_reading:
             parts["read_nll"] = losses.read_nll_sum / num_read
             loss = loss + share * parts["read_nll"]
         return loss, parts

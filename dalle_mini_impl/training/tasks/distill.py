@@ -49,7 +49,7 @@ class DistillTask(DALLETask):
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
         """As DALL·E's own, with the divergence from what guidance says in place of the picture tokens' likelihood."""
         dalle, config = cast(DALLE, model), self.recipe.dalle
-        num_text, num_image, num_read = context.counts.float().clamp(min=1)
+        (num_text, num_image), (num_read, _) = context.counts.float().clamp(min=1)
         drawn, reads = ~batch["reads"], batch["reads"]
         text_sum, kl_sum = self._divergence(dalle, {name: value[drawn] for name, value in batch.items()})
         parts = {"guidance_kl": kl_sum / num_image, "text_nll": text_sum / num_text}
