@@ -145,8 +145,6 @@ def _cpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float
     choice.set(
         f"a transformer of {layers} layers, {dim} wide: {why}", dalle__dim=dim, dalle__layers=layers, dalle__heads=heads
     )
-    if core_sec >= 3_000:
-        choice.set("a tenth of the captions are read from their pictures: a second ranker", dalle__reading_share=0.1)
     # CLIP: with a stem of 64 channels and Muon's rate at 0.01 it names 92 % of single shapes right after two minutes.
     choice.set("", clip__embed_dim=128, clip__width=128, clip__stem_width=64, clip__image_layers=2)
     choice.set("", clip__text_layers=2, train__clip__muon_learning_rate=0.01)
@@ -171,7 +169,6 @@ def _gpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float
         dalle__ffn="swiglu",
         dalle__ffn_multiple=2.67,
     )
-    choice.set("a tenth of the captions are read from their pictures: a second ranker", dalle__reading_share=0.1)
     if size != SMALL:
         choice.set("", clip__width=256, clip__image_layers=4, clip__text_layers=4)
     if dim >= 512:
