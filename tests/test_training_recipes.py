@@ -34,7 +34,9 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
         }
     ),
     "clip": frozenset({"reconstructed_share", "hard_negatives"}),
-    "dalle": frozenset({"dropout", "token_corruption", "caption_dropout", "embedding_dropout", "text_loss_weight"}),
+    "dalle": frozenset(
+        {"dropout", "token_corruption", "caption_dropout", "reading_after", "embedding_dropout", "text_loss_weight"}
+    ),
     "prior": frozenset({"dropout", "caption_dropout"}),
     "upscale": frozenset({"factor"}),
 }
