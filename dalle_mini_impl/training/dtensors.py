@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:  # a second to import, which runs that share nothing out needn't wait for
-    from torch.distributed.tensor import DTensor, Placement
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 
 def is_shared(value: object) -> TypeGuard[DTensor]:
@@ -30,8 +31,34 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process has to call it."""
-    return tensor.full_tensor() if is_shared(tensor) else tensor
+    """All of a tensor, without gradient; every process has to call it."""
+    if not is_shared(tensor):
+        return tensor
+    rows = _rows_of(tensor)
+    return tensor.detach().full_tensor() if rows is None else _gathered(tensor.to_local(), 0, tensor.shape[0], rows)
+
+
+def _rows_of(tensor: DTensor) -> ProcessGroup | None:
+    """The processes of which each holds some rows; None where a tensor is shared out in any other way."""
+    from torch.distributed.tensor import Shard
+
+    is_cut = tensor.device_mesh.ndim == 1 and tensor.placements == (Shard(0),)
+    return tensor.device_mesh.get_group() if is_cut else None
+
+
+def _gathered(part: Tensor, dim: int, size: int, group: ProcessGroup) -> Tensor:
+    """All of a tensor of `size` along `dim`, of which each process holds a chunk as torch.chunk cuts it.
+
+    A plain collective: those that DTensor itself uses have crashed under Gloo, in torch's wait_tensor.
+    """
+    most = -(-size // group.size())  # the last chunks may be shorter, or empty
+    if part.shape[dim] < most:
+        filling = list(part.shape)
+        filling[dim] = most - part.shape[dim]
+        part = torch.cat([part.detach(), part.new_zeros(filling)], dim=dim)
+    chunks = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    torch.distributed.all_gather(chunks, part.detach().contiguous(), group=group)
+    return torch.cat(chunks, dim=dim).narrow(dim, 0, size).contiguous()
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -49,13 +76,10 @@ def whole_stack(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     stacked = torch.stack(list(parts))
     if not is_shared(like):
         return stacked
-    from torch.distributed.tensor import DTensor, Shard
-
-    placements: list[Placement] = [Shard(1) if isinstance(p, Shard) else p for p in like.placements]
-    shape = torch.Size((len(parts), like.shape[0], stacked.shape[2]))
-    stride = torch.empty(shape, device="meta").stride()
-    shared = DTensor.from_local(stacked, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
-    return shared.full_tensor()
+    rows = _rows_of(like)
+    if rows is None:
+        raise ValueError(f"matrices are gathered by rows of one group of processes, not as {like.placements} are")
+    return _gathered(stacked, 1, like.shape[0], rows)
 
 
 def whole_on_cpu(tree: Any, keep: bool = True) -> Any:
