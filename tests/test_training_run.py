@@ -197,6 +197,15 @@ def test_a_checkpoint_learns_to_read_by_fine_tuning(finished: Path, tmp_path: Pa
     for name, value in before.state_dict().items():
         assert torch.allclose(after.state_dict()[name], value, atol=1e-6), name
     assert "read_nll" in lines(tmp_path / "reads", "dalle")[-1]
+    # And to read no more, where the recipe says so; one that says nothing leaves it reading.
+    for share, reads in ((["dalle.reading_share=0"], False), ([], True)):
+        out = tmp_path / f"then-{reads}"
+        own = {"train": {"dalle": {"learning_rate": 1e-9, "muon_learning_rate": 1e-9, "steps": 2}}}
+        assert train(Recipe.parse(own, share), DATA, out, stages=["dalle"], init_from=str(tmp_path / "reads"))
+        then = load_bundle(out).dalle
+        assert then is not None and (then.reading is not None) == reads
+        for name, value in then.state_dict().items():
+            assert torch.allclose(after.state_dict()[name], value, atol=1e-6), name
 
 
 def test_fine_tuning_keeps_the_tokenizer_and_starts_from_the_weights(finished: Path, tmp_path: Path) -> None:

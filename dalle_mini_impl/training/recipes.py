@@ -60,7 +60,8 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle) -> Recipe:
     """The recipe with the architecture keys of a checkpoint, as fine-tuning needs it.
 
     Model sections whose model the checkpoint hasn't got stay the recipe's. So do an image_prefix and a reading_share
-    that its DALL·E hasn't got: fine-tuning can add them. What is taken over against the recipe's word is logged.
+    that its DALL·E hasn't got: fine-tuning can add them. A reading_share that the recipe itself states is its own in any
+    case: 0 ends reading. What is taken over against the recipe's word is logged.
     """
     theirs = bundle.recipe
     sections: dict[str, Any] = {}
@@ -69,7 +70,8 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle) -> Recipe:
             taken = {key: getattr(getattr(theirs, section), key) for key in keys}
             if section == "dalle":
                 added = {key: getattr(recipe.dalle, key) for key in ("image_prefix", "reading_share")}
-                taken |= {key: value for key, value in added.items() if taken[key] == 0}
+                stated = recipe.dalle.model_fields_set & {"reading_share"}
+                taken |= {key: value for key, value in added.items() if taken[key] == 0 or key in stated}
             sections[section] = getattr(recipe, section).model_copy(update=taken)
     adopted = recipe.model_copy(update=sections)
     for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():

@@ -129,15 +129,17 @@ class TaskBuilder:
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
 
-        A DALL·E that gains an image_prefix or learns to read has that fresh and everything else from the checkpoint.
+        A DALL·E that gains an image_prefix or learns to read has that fresh and everything else from the checkpoint;
+        one that is to read no more leaves out what marks a picture that is read.
         """
         torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
         model = build()
         initial = getattr(self.initial, stage, None)
         if initial is not None:
-            added = ("prefix.", "reading.")
-            fresh = {name: value for name, value in model.state_dict().items() if name.startswith(added)}
-            model.load_state_dict({**fresh, **initial.state_dict()})
+            own, theirs = model.state_dict(), initial.state_dict()
+            fresh = {name: value for name, value in own.items() if name.startswith(("prefix.", "reading."))}
+            kept = {name: value for name, value in theirs.items() if name in own or not name.startswith("reading.")}
+            model.load_state_dict({**fresh, **kept})
         return model
 
     def cache(self) -> TokenCache:
