@@ -100,12 +100,18 @@ class DALLE(nn.Module):
         self._init_weights()
 
     @property
-    def has_one_length(self) -> bool:
-        """Whether all captions take as many slots, so that all training steps have one shape."""
-        return self.stream.slot_step is None
+    def num_lengths(self) -> int:
+        """Numbers of slots that captions may take: 1 where all take as many."""
+        return len(range(0, self.stream.text_length, self.stream.slot_step or self.stream.text_length))
 
     def compile_blocks(self) -> None:
-        """Has the blocks run compiled in training steps from now on; evaluation and decoding never are."""
+        """Has the blocks run compiled in training steps from now on; evaluation and decoding never are.
+
+        Each shape is compiled by itself, so that what is computed doesn't depend on the shapes before, and only
+        batches whose captions all take as many slots have one of few shapes.
+        """
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 4 * self.num_lengths)  # beyond it blocks run as they are
         self._training_block = torch.compile(Block.__call__, dynamic=False)
 
     def checkpoint_blocks(self) -> None:
@@ -170,9 +176,10 @@ class DALLE(nn.Module):
             raise ValueError(f"image_ids have shape {tuple(image_ids.shape)}; expected {expected}, whole pictures")
         inputs = image_ids if inputs is None else inputs
         parts = []
-        for rows, text in self.stream.groups(text_ids):
+        groups = self.stream.groups(text_ids)
+        for rows, text in groups:
             own = (None if values is None else values[rows] for values in (view, reads, embedding))
-            parts.append(self._group_loss(text, image_ids[rows], inputs[rows], *own))
+            parts.append(self._group_loss(text, image_ids[rows], inputs[rows], *own, is_batch=len(groups) == 1))
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
 
     def _group_loss(
@@ -183,14 +190,15 @@ class DALLE(nn.Module):
         view: Tensor | None,
         reads: Tensor | None,
         embedding: Tensor | None,
+        is_batch: bool,
     ) -> list[Tensor]:
-        """The fields of DALLELosses for captions (B, t) that all take t slots."""
+        """The fields of DALLELosses for captions (B, t) that all take t slots: a whole batch, or a part of one."""
         start = self.stream.image_prefix
         first = start + text.shape[1] - 1  # the output of the last text slot
         rope = self._rope(self._drawing_slots(text.shape[1]))
         if reads is None:
             masks = self.drawing_masks(text.shape[1], self.stream.num_image_tokens - 1)
-            hidden = self._run(self.embed(text, inputs[:, :-1], view, embedding), rope, masks=masks)
+            hidden = self._run(self.embed(text, inputs[:, :-1], view, embedding), rope, masks=masks, is_batch=is_batch)
             num_drawn = len(text)
         else:
             order = torch.argsort(reads.int(), stable=True)  # what is drawn comes first
@@ -210,7 +218,7 @@ class DALLE(nn.Module):
                     for pair in zip(*ropes, strict=True)
                 )
                 rope = cos, sin
-            hidden = self._run(torch.cat(x), rope)
+            hidden = self._run(torch.cat(x), rope, is_batch=is_batch)
         targets = self.text_targets(text)
         text_logits = self.text_head(hidden[:num_drawn, start:first])
         image_logits = self.image_head(hidden[:num_drawn, first:])
@@ -473,9 +481,14 @@ class DALLE(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
         masks: Sequence[Tensor | None] | None = None,
+        is_batch: bool | None = None,
     ) -> Tensor:
-        """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says; see `masks`."""
-        is_step = self.training and torch.is_grad_enabled() and cache is None
+        """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says; see `masks`.
+
+        is_batch: whether the rows are a whole batch, not the part of one whose captions take t slots; None: not known.
+        """
+        has_few_shapes = self.num_lengths == 1 if is_batch is None else is_batch
+        is_step = self.training and torch.is_grad_enabled() and cache is None and has_few_shapes
         run = self._training_block if self._training_block is not None and is_step else Block.__call__
         run = recomputed(run, self._recomputes and cache is None)
         turned = rope if self.config.positions == "rope" else None

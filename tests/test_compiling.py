@@ -10,6 +10,7 @@ from torch import nn
 
 from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.training import compiling
 from dalle_mini_impl.training.compiling import LONG_ENOUGH_SEC, LONG_ENOUGH_STEPS, can_compile, should_compile
 from tests.tiny import tiny_bundle
@@ -52,6 +53,21 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(monkeypatch: pytest.Mo
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_only_batches_whose_captions_take_as_many_slots_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dalle("text.slot_step=4")
+    shapes = []
+    monkeypatch.setattr(torch, "compile", lambda block, **_: lambda *a: shapes.append(a[1].shape[:2]) or block(*a))
+    model.compile_blocks()
+    text, ids = torch.full((3, model.stream.text_length), PAD), torch.zeros((3, 16), dtype=torch.long)
+    text[:, :4] = 7
+    model.loss(text, ids)
+    assert shapes == [(3, 4 + 15)] * len(model.blocks)
+    text[0, :8] = 7
+    model.loss(text, ids)
+    model(text[:, :8], ids)
+    assert len(shapes) == len(model.blocks)
+
+
 def test_only_training_steps_run_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dalle()
     calls = []
@@ -75,8 +91,9 @@ def test_auto_compiles_long_stages_of_models_with_blocks(monkeypatch: pytest.Mon
     assert not should_compile("dalle", config, model, LONG_ENOUGH_SEC - 1), "a budget replaces the steps"
     assert not should_compile("dalle", StageConfig(steps=LONG_ENOUGH_STEPS - 1), model, None)
     assert not should_compile("vae", config, nn.Linear(1, 1), None)
-    several = tiny_bundle("text.slot_step=4").dalle
-    assert several is not None and not should_compile("dalle", config, several, None), "each length is a shape"
+    assert dalle("text.slot_step=4").num_lengths == 4
+    assert should_compile("dalle", config, dalle("text.slot_step=4"), None)
+    assert not should_compile("dalle", config, dalle("text.slot_step=2"), None), "each length is compiled by itself"
     monkeypatch.setattr(compiling, "can_compile", lambda device: False)
     assert not should_compile("dalle", config, model, None)
 

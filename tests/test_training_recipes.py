@@ -98,7 +98,9 @@ def test_reading_can_be_gained_and_is_lost_only_where_the_recipe_says_so() -> No
     assert adopt_architecture(reading.recipe, plain).dalle.reading_share == 0.25
     assert adopt_architecture(Recipe(), reading).dalle.reading_share == 0.25
     for share in (0.0, 0.1):
-        assert adopt_architecture(Recipe.parse({}, [f"dalle.reading_share={share}"]), reading).dalle.reading_share == share
+        assert (
+            adopt_architecture(Recipe.parse({}, [f"dalle.reading_share={share}"]), reading).dalle.reading_share == share
+        )
 
 
 def test_models_that_a_checkpoint_lacks_are_the_recipes_own() -> None:

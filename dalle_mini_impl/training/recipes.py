@@ -60,8 +60,8 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle) -> Recipe:
     """The recipe with the architecture keys of a checkpoint, as fine-tuning needs it.
 
     Model sections whose model the checkpoint hasn't got stay the recipe's. So do an image_prefix and a reading_share
-    that its DALL·E hasn't got: fine-tuning can add them. A reading_share that the recipe itself states is its own in any
-    case: 0 ends reading. What is taken over against the recipe's word is logged.
+    that its DALL·E hasn't got: fine-tuning can add them. A reading_share that the recipe itself states is its own in
+    any case: 0 ends reading. What is taken over against the recipe's word is logged.
     """
     theirs = bundle.recipe
     sections: dict[str, Any] = {}

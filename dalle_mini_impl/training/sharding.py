@@ -71,7 +71,7 @@ class Sharding:
                 f"stage {stage} doesn't work with FSDP, and its models are small: train it with --stage {stage} and a "
                 f"config without FSDP"
             )
-        if not getattr(model, "has_one_length", True):
+        if getattr(model, "num_lengths", 1) > 1:
             raise ValueError(
                 "text.slot_step doesn't work with FSDP: processes would gather weights for different numbers of "
                 "passes; leave text.slot_step out, or use a config without FSDP"
