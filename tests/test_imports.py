@@ -16,7 +16,7 @@ ROOT = Path(dalle_mini_impl.__file__).parent
 PACKAGE = "dalle_mini_impl"
 LEVELS = [
     {"config", "stream", "text", "memory", "threads", "files", "weights"},
-    {"layers", "noise", "filters", "frechet"},
+    {"layers", "noise", "filters", "frechet", "nearest"},
     {"vae", "dalle", "clip", "prior"},
     {
         "sampling",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dalle_mini_impl import TextToImage
 from dalle_mini_impl.cli.app import main
-from dalle_mini_impl.search import ENTRIES, Changes, PictureIndex
+from dalle_mini_impl.search import ENTRIES, GRAPH, Changes, Entry, PictureIndex
 from tests.tiny import tiny_checkpoint
 
 NAMES = ["a red heart", "a green apple", "a blue car", "a soccer ball"]
@@ -99,8 +100,45 @@ def test_an_index_comes_back_from_disk_and_replaces_the_one_before(tmp_path: Pat
         index.save(place)
     loaded = PictureIndex.load(place)
     assert loaded.entries == index.entries and loaded.folder == index.folder and loaded.clip == "hash"
-    assert torch.allclose(loaded.vectors, index.vectors, atol=1e-3)
+    assert torch.allclose(loaded.vectors.float(), index.vectors, atol=1e-3)
     assert len(list(place.iterdir())) == 2, "the vectors of before are gone"
+
+
+def large(folder: Path, number: int = 3000) -> PictureIndex:
+    entries = [Entry(f"{row:05}.png", 1, 1) for row in range(number)]
+    vectors = F.normalize(torch.randn(number, 16, generator=torch.Generator().manual_seed(3)), dim=1).half().float()
+    return PictureIndex(folder, "hash", entries, vectors)
+
+
+def test_a_graph_finds_nearly_always_what_exact_search_finds(tmp_path: Path) -> None:
+    index = large(tmp_path)
+    index.with_graph().save(tmp_path / "index")
+    loaded = PictureIndex.load(tmp_path / "index")
+    assert loaded.graph is not None and len(loaded.graph) == 3000
+    missed = 0
+    for query in F.normalize(torch.randn(50, 16, generator=torch.Generator().manual_seed(4)), dim=1):
+        exact, quick = loaded.search(query, 10, exact=True), loaded.search(query, 10)
+        assert [hit.path for hit in exact] == [hit.path for hit in index.search(query, 10)]
+        missed += len({hit.path for hit in exact} - {hit.path for hit in quick})
+        scores = {hit.path: hit.score for hit in exact}
+        assert all(hit.score == pytest.approx(scores[hit.path], abs=1e-5) for hit in quick if hit.path in scores)
+        assert [hit.score for hit in quick] == sorted((hit.score for hit in quick), reverse=True)
+    assert missed <= 10, "2 % of 500"
+    assert len(loaded.search(query, top=5000)) == 3000
+    index.save(tmp_path / "index")  # without a graph, that of before is gone
+    assert PictureIndex.load(tmp_path / "index").graph is None
+    assert not list((tmp_path / "index").glob(f"*{GRAPH}"))
+
+
+def test_without_the_library_an_index_is_searched_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large(tmp_path, 40).with_graph().save(tmp_path / "index")
+    assert PictureIndex.load(tmp_path / "index").graph is not None
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    loaded = PictureIndex.load(tmp_path / "index")
+    assert loaded.graph is None
+    assert len(loaded.search(loaded.vectors[0].float(), top=3)) == 3
+    with pytest.raises(ValueError, match="needs the library usearch"):
+        loaded.with_graph()
 
 
 def test_a_damaged_index_says_what_to_do(tmp_path: Path) -> None:
@@ -110,6 +148,10 @@ def test_a_damaged_index_says_what_to_do(tmp_path: Path) -> None:
     next(tmp_path.glob("*.npy")).write_bytes(b"half")
     with pytest.raises(ValueError, match="delete it and index again"):
         PictureIndex.load(tmp_path)
+    large(tmp_path, 40).with_graph().save(tmp_path / "large")
+    next((tmp_path / "large").glob(f"*{GRAPH}")).write_bytes(b"half")
+    with pytest.raises(ValueError, match="delete it and index again"):
+        PictureIndex.load(tmp_path / "large")
     (tmp_path / ENTRIES).write_text(json.dumps({"format": 0}))
     with pytest.raises(ValueError, match="this version reads 2"):
         PictureIndex.load(tmp_path)
@@ -142,8 +184,12 @@ def test_pictures_are_found_by_what_they_show(drawn: Path, tmp_path: Path, capsy
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert lines[0]["file"] == str(one) and lines[0]["score"] == pytest.approx(1.0, abs=2e-3) and len(lines) == 8
     assert (out / "sheet.png").stat().st_size > 1000
-    assert run("index", str(drawn), "--index", place) == 0
+    assert run("index", str(drawn), "--index", place, "--approximate") == 0
     assert "0 embedded, 8 as they were" in capsys.readouterr().out
+    assert len(list((tmp_path / "index").glob(f"*{GRAPH}"))) == 1
+    for how in ([], ["--exact"]):
+        assert run("search", NAMES[0], "--index", place, "--top", "1", *how) == 0
+        assert f"{NAMES[0]}-" in capsys.readouterr().out
 
 
 def test_the_index_lies_beside_the_pictures_unless_told_otherwise(

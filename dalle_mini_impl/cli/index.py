@@ -20,12 +20,17 @@ def index(
     place: Annotated[Path | None, typer.Option("--index", help="Where the index goes. (default FOLDER/.index)")] = None,
     checkpoint: Annotated[str, typer.Option(help="A built-in name, a folder or a Hub id, with a CLIP.")] = "emoji",
     clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
+    approximate: Annotated[
+        bool | None,
+        typer.Option("--approximate/--exact", help="Add a graph of neighbours. (default from 200,000 pictures on)"),
+    ] = None,
 ) -> None:
     """Embed a folder's pictures for `dalle-mini search`; again, and only what is new or changed is embedded."""
     import torch
 
     from dalle_mini_impl.cli.pictures import READ_AT_ONCE, find_pictures, load_embedder, read_pictures
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.nearest import WORTH_IT_FROM, NeighbourGraph
     from dalle_mini_impl.search import ENTRIES, PictureIndex
     from dalle_mini_impl.training.progress import counting
 
@@ -55,6 +60,11 @@ def index(
             return read, vectors
 
         after, changes = before.updated(paths, embed, READ_AT_ONCE)
+    is_large = len(after.entries) >= WORTH_IT_FROM
+    if after.entries and (is_large and NeighbourGraph.is_available() if approximate is None else approximate):
+        after = after.with_graph()
+    elif is_large and approximate is None:
+        typer.echo("pip install 'dalle-mini-impl[search]' and index again: so many are then searched sooner", err=True)
     after.save(place)
     typer.echo(
         f"{len(after.entries)} pictures in {place}: {changes.added} embedded, {changes.kept} as they were, "

@@ -21,6 +21,7 @@ def search(
     top: Annotated[int, typer.Option(min=1, help="Pictures to find.")] = 12,
     checkpoint: Annotated[str, typer.Option(help="The one that made the index.")] = "emoji",
     clip: Annotated[str | None, typer.Option(help="The pretrained CLIP that made the index.")] = None,
+    exact: Annotated[bool, typer.Option(help="Look at all pictures, even where the index has a graph.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and sheet.png.")] = None,
 ) -> None:
     """Find pictures by what they show: prints score and file, best first."""
@@ -32,7 +33,7 @@ def search(
     if text is None and like is None:
         raise ValueError('give a text, dalle-mini search "a red circle", or a picture with --like')
     embedder = load_embedder(checkpoint, clip, process_state().device)
-    hits = open_index(place, embedder).search(query_vector(embedder, text, like), top)
+    hits = open_index(place, embedder).search(query_vector(embedder, text, like), top, exact=exact)
     for hit in hits:
         typer.echo(f"{hit.score:.4f}  {hit.path}")
     if out is None:
