@@ -178,8 +178,8 @@ class DALLE(nn.Module):
         parts = []
         groups = self.stream.groups(text_ids)
         for rows, text in groups:
-            own = (None if values is None else values[rows] for values in (view, reads, embedding))
-            parts.append(self._group_loss(text, image_ids[rows], inputs[rows], *own, is_batch=len(groups) == 1))
+            own = [None if values is None else values[rows] for values in (view, reads, embedding)]
+            parts.append(self._group_loss(text, image_ids[rows], inputs[rows], own, is_batch=len(groups) == 1))
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
 
     def _group_loss(
@@ -187,12 +187,14 @@ class DALLE(nn.Module):
         text: Tensor,
         ids: Tensor,
         inputs: Tensor,
-        view: Tensor | None,
-        reads: Tensor | None,
-        embedding: Tensor | None,
+        more: Sequence[Tensor | None],
         is_batch: bool,
     ) -> list[Tensor]:
-        """The fields of DALLELosses for captions (B, t) that all take t slots: a whole batch, or a part of one."""
+        """The fields of DALLELosses for captions (B, t) that all take t slots: a whole batch, or a part of one.
+
+        more: view, reads and embedding of `loss`.
+        """
+        view, reads, embedding = more
         start = self.stream.image_prefix
         first = start + text.shape[1] - 1  # the output of the last text slot
         rope = self._rope(self._drawing_slots(text.shape[1]))

@@ -27,6 +27,7 @@ class NeighbourGraph:
 
     def __init__(self, index: Index) -> None:
         self._index = index
+        self._visit(_VISITED_IN_SEARCHING)
 
     @staticmethod
     def is_available() -> bool:
@@ -50,7 +51,6 @@ class NeighbourGraph:
             dtype="f16",
             connectivity=_CONNECTIONS,
             expansion_add=_VISITED_IN_BUILDING,
-            expansion_search=_VISITED_IN_SEARCHING,
         )
         index.add(np.arange(len(vectors), dtype=np.uint64), vectors.float().numpy())
         return cls(index)
@@ -64,7 +64,6 @@ class NeighbourGraph:
         index = Index.restore(path, view=True)
         if index is None:
             raise ValueError(f"{path.name} is no graph of neighbours")
-        index.expansion_search = _VISITED_IN_SEARCHING
         return cls(index)
 
     def save(self, path: Path) -> None:
@@ -76,11 +75,13 @@ class NeighbourGraph:
 
     def rows(self, query: Tensor, count: int) -> Tensor:
         """Numbers (count,) of the vectors nearest to a unit vector (E,), or of all where there are fewer; int64."""
-        visited = max(_VISITED_IN_SEARCHING, count)
-        if self._index.expansion_search < visited:
-            self._index.expansion_search = visited
+        self._visit(max(_VISITED_IN_SEARCHING, count))
         found = self._index.search(query.float().numpy(), count)
         return torch.from_numpy(found.keys.astype("int64"))
+
+    def _visit(self, number: int) -> None:
+        """How many vectors a search keeps in view; the file of a graph doesn't say."""
+        self._index.expansion_search = number  # type: ignore[misc]  # it has a setter, which its types leave out
 
     @classmethod
     def _require(cls) -> None:

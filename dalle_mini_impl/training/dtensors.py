@@ -31,11 +31,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, without gradient; every process has to call it."""
+    """All of a tensor; every process has to call it, and no gradient goes through."""
     if not is_shared(tensor):
         return tensor
     rows = _rows_of(tensor)
-    return tensor.detach().full_tensor() if rows is None else _gathered(tensor.to_local(), 0, tensor.shape[0], rows)
+    return tensor.full_tensor() if rows is None else _gathered(tensor.to_local(), 0, tensor.shape[0], rows)
 
 
 def _rows_of(tensor: DTensor) -> ProcessGroup | None:
