@@ -228,6 +228,8 @@ class DALLEConfig(Section):
     """Hidden width of the feed-forward layer as a multiple of dim (2.67 matches a swiglu to 4 of relu2)."""
     token_shift: bool = True
     """Each layer mixes every token with the one before it; words learn of their neighbours at once."""
+    above_embedding: bool = False
+    """Each token is also told the code above the cell that it predicts, as it is the one to its left."""
     dropout: Share = 0.0
     token_corruption: Share = 0.02
     """Share of image input ids replaced by random ones in training."""

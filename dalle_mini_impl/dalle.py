@@ -66,6 +66,7 @@ class DALLE(nn.Module):
         self.text_position = nn.Embedding(stream.text_length, dim)
         self.target_row = nn.Embedding(stream.grid_size, dim)  # see `place_embedding`
         self.target_column = nn.Embedding(stream.grid_size, dim)
+        self.above = nn.Embedding(stream.image_vocab + 1, dim) if config.above_embedding else None  # last: nothing
         self.view_embedding = nn.Embedding(num_views, dim) if num_views > 1 else None
         self.reading = nn.Embedding(1, dim) if config.reading_share > 0 else None  # marks a picture that is read
         self.prefix = ImagePrefix(embed_dim, stream.image_prefix, dim) if stream.image_prefix else None
@@ -342,9 +343,25 @@ class DALLE(nn.Module):
         """
         start, count = self.check_extension(image_ids, cache), image_ids.shape[1]
         x = self.image_embedding(image_ids) + self.place_embedding(start + 1, start + count + 1)  # (B, n, dim)
+        if self.above is not None:
+            x = x + self.above(self.read_above(image_ids, start, cache))
         hidden = self._trunk(self.with_view(x, view), self.stream.text_length + start, cache)
         logits: Tensor = self.image_head(hidden)
         return logits
+
+    def read_above(self, image_ids: Tensor, start: int, cache: KVCache) -> Tensor:
+        """What stands above the cells after those of image ids (B, n), the first of which is cell `start`; (B, n).
+
+        Ids, image_vocab where there is nothing. The cache remembers the new ones.
+        """
+        end = start + image_ids.shape[1]
+        cache.ids[:, start:end] = image_ids
+        return self.ids_above(cache.ids[:, :end])[:, start + 1 :]
+
+    def ids_above(self, image_ids: Tensor) -> Tensor:
+        """What stands above the cells 0 … n of pictures whose first n image ids (B, n) are known; (B, n + 1)."""
+        num_cells, row = image_ids.shape[1] + 1, self.stream.grid_size
+        return F.pad(image_ids, (row, 0), value=self.stream.image_vocab)[:, :num_cells]
 
     def check_extension(self, image_ids: Tensor, cache: KVCache) -> int:
         """The cell of the first of image ids (B, n) that follow a cache; ValueError where they go beyond the grid."""
@@ -402,6 +419,8 @@ class DALLE(nn.Module):
         x = torch.cat([*prefix, self._words(text_ids), self.image_embedding(image_ids)], dim=1)
         num_outputs = image_ids.shape[1] + 1
         places = self.place_embedding(0, num_outputs)  # (n + 1, dim)
+        if self.above is not None:
+            places = places + self.above(self.ids_above(image_ids))  # (B, n + 1, dim)
         x = x + F.pad(places, (0, 0, x.shape[1] - num_outputs, 0))
         return self.with_view(x, view)
 

@@ -59,6 +59,7 @@ class Engine:
             self._head = PackedLinear(head.float().contiguous(), is_packed=not self.is_plain)
             self._image_embedding = self._cast(dalle.image_embedding.weight)
             self._places = self._cast(dalle.place_embedding(0, self.stream.num_image_tokens))  # (N, dim)
+            self._above = None if dalle.above is None else self._cast(dalle.above.weight)  # (V + 1, dim)
 
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.dtype, copy=True).contiguous()
@@ -114,6 +115,8 @@ class Engine:
         start = self.dalle.check_extension(image_ids, cache)
         with torch.autocast(self.device.type, enabled=False):
             x = self._image_embedding[image_ids] + self._places[start + 1 : start + 1 + image_ids.shape[1]]
+            if self._above is not None:
+                x = x + self._above[self.dalle.read_above(image_ids, start, cache)]
             x = self.dalle.with_view(x, None)
             slots = slice(self.stream.text_length + start, self.stream.text_length + start + x.shape[1])
             masks = self.dalle.masks(slots.start, slots.stop, cache.length)
@@ -128,6 +131,11 @@ class Engine:
         """
         with torch.autocast(self.device.type, enabled=False):
             x = self._image_embedding[ids] + self._places.index_select(0, cell + 1)  # (B, dim)
+            if self._above is not None:
+                cache.ids.index_copy_(1, cell, ids[:, None])
+                above = cell + 1 - self.stream.grid_size
+                known = cache.ids.index_select(1, above.clamp(min=0))[:, 0]
+                x = x + self._above[torch.where(above < 0, self.stream.image_vocab, known)]
             x = self.dalle.with_view(x[:, None], None).to(self.dtype)
             slot, place = self.stream.text_length + cell, cache.prompt_length + cell
             is_later = torch.arange(cache.capacity, device=self.device) > place

@@ -30,7 +30,9 @@ def _captions() -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[1] * (N - 1), [N - 1], [2, 1, 4, 1]], ids=str)
-@pytest.mark.parametrize("values", [{}, {"ffn": "swiglu"}, {"token_shift": False}, {"heads": 4}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{}, {"ffn": "swiglu"}, {"token_shift": False}, {"heads": 4}, {"above_embedding": True}], ids=str
+)
 def test_packed_logits_equal_those_of_the_whole_stream(values: dict[str, object], chunks: list[int]) -> None:
     for num_views in (1, 2):
         dalle, text, images = _dalle(num_views, **values), _captions(), torch.randint(0, 11, (4, N))

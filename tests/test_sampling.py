@@ -46,9 +46,9 @@ UNGUIDED = SamplingConfig(guidance=1.0, top_p=1.0, precision="fp32")
 GUIDED_BF16, UNGUIDED_BF16 = (each.model_copy(update={"precision": "bf16"}) for each in (GUIDED, UNGUIDED))
 
 
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return tiny_bundle()
+@pytest.fixture(scope="module", params=[(), ("dalle.above_embedding=true",)], ids=["", "above"])
+def bundle(request: pytest.FixtureRequest) -> Bundle:
+    return tiny_bundle(*request.param)
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,16 @@ from dalle_mini_impl.layers.rope import rotate
 class KVCache:
     """Keys and values of every layer, preallocated: two tensors (layers, B, H, capacity, D).
 
-    last: (layers, 2, B, dim), the last token as each layer's two token shifts read it. length: tokens that are filled.
-    prompt_length: how many of them were there before the first decoded one. Several tokens can be appended at once,
-    and as many of the latest taken back.
+    last: (layers, 2, B, dim), the last token as each layer's two token shifts read it. ids: (B, capacity) int64, the
+    image ids that were read, for embeddings that look back at them. length: tokens that are filled. prompt_length: how
+    many of them were there before the first decoded one. Several tokens can be appended at once, and as many of the
+    latest taken back.
     """
 
     keys: Tensor
     values: Tensor
     last: Tensor
+    ids: Tensor
     length: int = 0
     prompt_length: int = 0
     latest: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
@@ -51,6 +53,7 @@ class KVCache:
             keys=cls._room(cls._keys_shape(*sizes), device=device, dtype=dtype),
             values=cls._room(sizes, device=device, dtype=dtype),
             last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=dtype),
+            ids=torch.zeros((batch, capacity), device=device, dtype=torch.long),
         )
 
     @staticmethod
@@ -96,7 +99,7 @@ class KVCache:
     def _filled(self) -> list[tuple[Tensor, int]]:
         """What has been written, as views, each with the dimension that its rows are counted in."""
         filled = slice(0, self.length)
-        return [(self.keys[:, :, :, filled], 1), (self.values[:, :, :, filled], 1), (self.last, 2)]
+        return [(self.keys[:, :, :, filled], 1), (self.values[:, :, :, filled], 1), (self.last, 2), (self.ids, 0)]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, H, n, D) keys and values behind the filled length; returns all keys and values of the layer.

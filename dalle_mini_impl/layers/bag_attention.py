@@ -88,8 +88,8 @@ class BagCache(KVCache):
         return [(k.view(-1, CHUNK), v.view(-1, width)) for k, v in zip(self.keys, self.values, strict=True)]
 
     def _filled(self) -> list[tuple[Tensor, int]]:
-        _, values, last = super()._filled()
-        return [(self.keys[:, :, :, : -(-self.length // CHUNK)], 1), values, last]
+        _, *others = super()._filled()
+        return [(self.keys[:, :, :, : -(-self.length // CHUNK)], 1), *others]
 
     def _by_products(self, layer: int, q: Tensor, end: int, mask: Tensor | None) -> Tensor:
         keys = self.keys[layer].transpose(3, 4).flatten(2, 3)[:, :, :end]  # (B, H, M, D)

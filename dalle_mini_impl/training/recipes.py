@@ -46,6 +46,7 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
             "ffn",
             "ffn_multiple",
             "token_shift",
+            "above_embedding",
             "reading_share",
             "image_prefix",
         }
