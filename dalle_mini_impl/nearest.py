@@ -41,7 +41,7 @@ class NeighbourGraph:
     @classmethod
     def build(cls, vectors: Tensor) -> Self:
         """The graph of unit vectors (n, E), n at least 1. Raises ValueError that says what to install."""
-        cls._require()
+        cls.require()
         import numpy as np
         from usearch.index import Index
 
@@ -58,7 +58,7 @@ class NeighbourGraph:
     @classmethod
     def load(cls, path: Path) -> Self:
         """A graph from its file, which is read as it is needed. Raises ValueError where it isn't one."""
-        cls._require()
+        cls.require()
         from usearch.index import Index
 
         index = Index.restore(path, view=True)
@@ -84,6 +84,7 @@ class NeighbourGraph:
         self._index.expansion_search = number  # type: ignore[misc]  # it has a setter, which its types leave out
 
     @classmethod
-    def _require(cls) -> None:
+    def require(cls) -> None:
+        """Raises ValueError that says what to install where the library isn't."""
         if not cls.is_available():
             raise ValueError(f"approximate search needs the library usearch: {_REMEDY}, or search exactly")

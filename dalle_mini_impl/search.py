@@ -1,8 +1,8 @@
 """CLIP as a search engine: an index of a folder's pictures on disk, searched by text or by picture.
 
-The index is a folder of two files: what was embedded (names, sizes and times of the files, which CLIP) and the unit
-vectors in fp16. Updating embeds only what is new or changed. Search is exact, one product with all vectors, which takes
-10 ms for a hundred thousand pictures; beside very many more a third file, a graph of neighbours, answers sooner.
+The index is a folder of two or three files: what was embedded (names, sizes and times of the files, which CLIP), the
+unit vectors in fp16 and, beside very many, a graph of neighbours. Updating embeds only what is new or changed. Search
+is exact, one product with all vectors, which takes 10 ms for a hundred thousand pictures; a graph answers sooner.
 """
 
 from __future__ import annotations
@@ -95,10 +95,11 @@ class PictureIndex:
             vectors = torch.from_numpy(np.load(place / values["vectors"], mmap_mode="c"))
             has_graph = values.get("graph") is not None and NeighbourGraph.is_available()
             graph = NeighbourGraph.load(place / values["graph"]) if has_graph else None
-            if len(vectors) != len(entries) or (graph is not None and len(graph) != len(entries)):
-                raise ValueError(f"{len(entries)} pictures but {len(vectors)} vectors")
+            for name, count in (("vectors", len(vectors)), ("vectors in its graph", len(graph or vectors))):
+                if count != len(entries):
+                    raise ValueError(f"{len(entries)} pictures but {count} {name}")
             return cls(Path(values["folder"]), values["clip"], entries, vectors, graph)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the last: a graph cut off
             raise ValueError(f"the index in {place} can't be read ({error}): delete it and index again") from None
 
     def save(self, place: Path) -> None:
@@ -130,7 +131,7 @@ class PictureIndex:
     def updated(self, paths: Sequence[Path], embed: Embed, batch_size: int = 64) -> tuple[PictureIndex, Changes]:
         """This index brought up to the pictures at `paths`, all below the folder; only new and changed are embedded.
 
-        It has no graph: `with_graph` makes one.
+        Where nothing has changed it keeps its graph; `with_graph` makes a new one.
         """
         known = {entry: row for row, entry in enumerate(self.entries)}
         now = {path: Entry.of(self.folder, path) for path in paths}
@@ -151,7 +152,8 @@ class PictureIndex:
             unreadable=len(todo) - len(added),
         )
         entries = [*(entry for entry, _ in kept), *added]
-        return PictureIndex(self.folder, self.clip, entries, vectors), changes
+        graph = self.graph if entries == self.entries else None
+        return PictureIndex(self.folder, self.clip, entries, vectors, graph), changes
 
     def with_graph(self) -> PictureIndex:
         """This index with a graph for approximate search; ValueError where the library for it isn't installed."""
@@ -164,7 +166,7 @@ class PictureIndex:
     def search(self, query: Tensor, top: int = 12, *, exact: bool = False) -> list[Hit]:
         """The `top` pictures nearest to a unit vector (E,), best first; of equal ones the earlier path.
 
-        exact: look at all of them even where there is a graph, which may miss one now and then.
+        exact: look at all of them even where there is a graph, which may miss one now and then, or an equal one.
         """
         if top < 1:
             raise ValueError(f"top is {top}; ask for at least 1 picture")

@@ -92,7 +92,10 @@ def test_auto_compiles_long_stages_of_models_with_blocks(monkeypatch: pytest.Mon
     assert not should_compile("dalle", StageConfig(steps=LONG_ENOUGH_STEPS - 1), model, None)
     assert not should_compile("vae", config, nn.Linear(1, 1), None)
     assert dalle("text.slot_step=4").num_lengths == 4
-    assert should_compile("dalle", config, dalle("text.slot_step=4"), None)
+    assert should_compile("dalle", StageConfig(steps=4 * LONG_ENOUGH_STEPS), dalle("text.slot_step=4"), None)
+    assert not should_compile("dalle", StageConfig(steps=3 * LONG_ENOUGH_STEPS), dalle("text.slot_step=4"), None)
+    assert not should_compile("distill", StageConfig(steps=10**6), dalle("text.slot_step=4"), None)
+    config = StageConfig(steps=10**6)
     assert not should_compile("dalle", config, dalle("text.slot_step=2"), None), "each length is compiled by itself"
     monkeypatch.setattr(compiling, "can_compile", lambda device: False)
     assert not should_compile("dalle", config, model, None)

@@ -149,8 +149,15 @@ def test_a_damaged_index_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="delete it and index again"):
         PictureIndex.load(tmp_path)
     large(tmp_path, 40).with_graph().save(tmp_path / "large")
-    next((tmp_path / "large").glob(f"*{GRAPH}")).write_bytes(b"half")
-    with pytest.raises(ValueError, match="delete it and index again"):
+    graph = next((tmp_path / "large").glob(f"*{GRAPH}"))
+    for part in (4, len(graph.read_bytes()) // 2):
+        graph.write_bytes(graph.read_bytes()[:part])
+        with pytest.raises(ValueError, match="delete it and index again"):
+            PictureIndex.load(tmp_path / "large")
+        large(tmp_path, 40).with_graph().save(tmp_path / "large")
+        graph = next((tmp_path / "large").glob(f"*{GRAPH}"))
+    large(tmp_path, 30).with_graph().graph.save(graph)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="40 pictures but 30 vectors in its graph"):
         PictureIndex.load(tmp_path / "large")
     (tmp_path / ENTRIES).write_text(json.dumps({"format": 0}))
     with pytest.raises(ValueError, match="this version reads 2"):
@@ -187,9 +194,20 @@ def test_pictures_are_found_by_what_they_show(drawn: Path, tmp_path: Path, capsy
     assert run("index", str(drawn), "--index", place, "--approximate") == 0
     assert "0 embedded, 8 as they were" in capsys.readouterr().out
     assert len(list((tmp_path / "index").glob(f"*{GRAPH}"))) == 1
+    assert run("index", str(drawn), "--index", place) == 0  # it stays an index with a graph
+    assert len(list((tmp_path / "index").glob(f"*{GRAPH}"))) == 1
     for how in ([], ["--exact"]):
         assert run("search", NAMES[0], "--index", place, "--top", "1", *how) == 0
         assert f"{NAMES[0]}-" in capsys.readouterr().out
+
+
+def test_an_index_that_cant_have_a_graph_says_so_before_it_embeds(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    assert run("index", str(drawn), "--index", str(tmp_path / "index"), "--approximate") == 2
+    assert "needs the library usearch" in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
 
 
 def test_the_index_lies_beside_the_pictures_unless_told_otherwise(

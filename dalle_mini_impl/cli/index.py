@@ -36,6 +36,8 @@ def index(
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder of pictures")
+    if approximate:
+        NeighbourGraph.require()
     embedder = load_embedder(checkpoint, clip, process_state().device)
     folder, place = folder.resolve(), default_place(folder) if place is None else place
     before = PictureIndex(folder, embedder.name, [], torch.zeros(0, 1))
@@ -60,12 +62,16 @@ def index(
             return read, vectors
 
         after, changes = before.updated(paths, embed, READ_AT_ONCE)
-    is_large = len(after.entries) >= WORTH_IT_FROM
-    if after.entries and (is_large and NeighbourGraph.is_available() if approximate is None else approximate):
-        after = after.with_graph()
-    elif is_large and approximate is None:
-        typer.echo("pip install 'dalle-mini-impl[search]' and index again: so many are then searched sooner", err=True)
-    after.save(place)
+    if approximate is None:
+        approximate = before.graph is not None or len(after.entries) >= WORTH_IT_FROM
+        if approximate and not NeighbourGraph.is_available():
+            typer.echo("pip install 'dalle-mini-impl[search]': so many pictures are then found sooner", err=True)
+            approximate = False
+    if not approximate:
+        after.graph = None
+    after.save(place)  # first of all, since embedding took the longest
+    if approximate and after.entries and after.graph is None:
+        after.with_graph().save(place)
     typer.echo(
         f"{len(after.entries)} pictures in {place}: {changes.added} embedded, {changes.kept} as they were, "
         f"{changes.removed} gone, {changes.unreadable} left out"

@@ -138,7 +138,7 @@ def _recipe(
     elif init_from is not None and preset is None:
         base = load_bundle(init_from).recipe.model_dump(mode="json")
     elif preset is PresetName.built_in:
-        base = Recipe().model_dump(mode="json")
+        base = {}
     else:
         Recipe.parse({}, overrides, where="--set")  # a mistake is told before the data are looked at
         return None

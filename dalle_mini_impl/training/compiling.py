@@ -15,12 +15,14 @@ LONG_ENOUGH_SEC = 300.0
 LONG_ENOUGH_STEPS = 1500
 """Compiling takes about half a minute, 15 s more for each further length, and saves a seventh to a fifth of a step."""
 MOST_LENGTHS = 6
+SETTLING_STEPS = 16
+"""First steps in which captions of new lengths come up, and are compiled, one after the other."""
 
 
 def should_compile(stage: str, config: StageConfig, model: nn.Module, allotted_sec: float | None) -> bool:
     """What `config.compile` means here; "auto" asks for a stage that is long enough and a compiler that works.
 
-    It also asks for captions of few lengths: each is compiled by itself.
+    It also asks for captions of few lengths, as each is compiled by itself, and for more time the more there are.
     Raises ValueError where compiling is asked for and the model has nothing that gains from it.
     """
     is_possible = hasattr(model, "compile_blocks")
@@ -28,8 +30,10 @@ def should_compile(stage: str, config: StageConfig, model: nn.Module, allotted_s
         if config.compile and not is_possible:
             raise ValueError(f"train.{stage}.compile is true, but only dalle has blocks to compile: leave it at auto")
         return config.compile
-    is_long = config.steps >= LONG_ENOUGH_STEPS if allotted_sec is None else allotted_sec >= LONG_ENOUGH_SEC
-    has_few_shapes = 1 <= getattr(model, "num_lengths", 0) <= MOST_LENGTHS
+    num_lengths: int = getattr(model, "num_lengths", 1)
+    steps, seconds = LONG_ENOUGH_STEPS * num_lengths, LONG_ENOUGH_SEC * num_lengths
+    is_long = config.steps >= steps if allotted_sec is None else allotted_sec >= seconds
+    has_few_shapes = num_lengths <= (1 if stage == "distill" else MOST_LENGTHS)  # it runs captions by length
     return is_possible and has_few_shapes and is_long and can_compile(next(model.parameters()).device)
 
 

@@ -31,7 +31,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process has to call it, and no gradient goes through."""
+    """All of a tensor, for use without gradients; every process has to call it."""
     if not is_shared(tensor):
         return tensor
     rows = _rows_of(tensor)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dalle_mini_impl.config import StageConfig
-from dalle_mini_impl.training.dtensors import whole
+from dalle_mini_impl.training.dtensors import is_shared, local
 from dalle_mini_impl.training.muon import Muon
 
 
@@ -70,5 +70,17 @@ def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scales the gradients down to a global norm of at most max_norm; returns the norm before, 0-d."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True))
+    """Scales the gradients down to a global norm of at most max_norm; returns the norm before, 0-d.
+
+    Gradients are shared out over processes all together, or none is.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients or not is_shared(gradients[0]):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    parts = [local(gradient) for gradient in gradients]
+    norm = torch.nn.utils.get_total_norm(parts, foreach=True)
+    squared = norm.square()
+    torch.distributed.all_reduce(squared, group=gradients[0].device_mesh.get_group())
+    norm = squared.sqrt()
+    torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

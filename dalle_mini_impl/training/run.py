@@ -227,7 +227,8 @@ class Run:
             bundle = replace(self._initial, recipe=self.recipe)
             ours, theirs = self.recipe.dalle, self._initial.recipe.dalle
             if ours.image_prefix != theirs.image_prefix or bool(ours.reading_share) != bool(theirs.reading_share):
-                bundle = replace(bundle, dalle=None)  # it has to be trained with what it gains first
+                logger.info("its DALL·E is left out until stage dalle has trained it with another prefix or reading")
+                bundle = replace(bundle, dalle=None)
         elif captions:
             tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))
