@@ -34,3 +34,16 @@ def test_exporting_nothing_is_one_clear_line(tmp_path: Path, capsys: pytest.Capt
     assert _export(tmp_path / "nowhere", tmp_path / "copy") == 2
     assert "no checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
+
+
+def test_how_it_draws_can_be_set_and_what_it_is_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = tiny_checkpoint(tmp_path / "original")
+    before = TextToImage.from_pretrained(original).bundle.recipe
+    top_p, dim = before.sampling.top_p / 2, 2 * before.dalle.dim
+    assert _export(original, tmp_path / "copy", "--set", f"sampling.top_p={top_p}") == 0
+    after = TextToImage.from_pretrained(tmp_path / "copy").bundle.recipe
+    assert after == before.model_copy(update={"sampling": before.sampling.model_copy(update={"top_p": top_p})})
+    assert _export(original, tmp_path / "other", "--set", f"dalle.dim={dim}") == 2
+    assert "only sampling" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert _export(original, tmp_path / "other", "--set", "sampling.top_q=1") == 2
+    assert "top_p" in capsys.readouterr().err

@@ -15,14 +15,26 @@ def export(
         Literal["fp16", "bf16", "fp32"], typer.Option(help="Type the weights are stored in; they load as fp32.")
     ] = "fp16",
     push_to: Annotated[str | None, typer.Option(help="Also upload it to this Hub id, OWNER/NAME.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="sampling.KEY=VALUE", help="How it is to draw unless told otherwise."),
+    ] = None,
 ) -> None:
     """Copy a checkpoint with its weights stored in 16 bits, half the size; optionally upload it to the Hub.
 
     Only what a checkpoint is made of is copied and uploaded: no training state, no data, no samples.
     """
+    from dataclasses import replace
+
+    from dalle_mini_impl.config import Recipe
     from dalle_mini_impl.pretrained import load_bundle, save_bundle
 
     bundle = load_bundle(checkpoint)
+    for override in set_ or []:
+        if not override.startswith("sampling."):
+            raise ValueError(f"--set {override}: of a trained model only sampling.… can still be set, not what it is")
+    recipe = Recipe.parse(bundle.recipe.model_dump(mode="json"), set_ or [], where="--set")
+    bundle = replace(bundle, recipe=recipe)
     save_bundle(bundle, folder, storage=storage)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in {".json", ".model", ".safetensors", ".md"}]
     for path in files:
