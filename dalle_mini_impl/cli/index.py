@@ -22,7 +22,7 @@ def index(
     clip: Annotated[str | None, typer.Option(help=CLIP_HELP)] = None,
     approximate: Annotated[
         bool | None,
-        typer.Option("--approximate/--exact", help="Add a graph of neighbours. (default from 200,000 pictures on)"),
+        typer.Option("--approximate/--exact", help="Add a graph of neighbours. (default from 500,000 pictures on)"),
     ] = None,
 ) -> None:
     """Embed a folder's pictures for `dalle-mini search`; again, and only what is new or changed is embedded."""
