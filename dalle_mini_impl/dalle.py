@@ -179,23 +179,21 @@ class DALLE(nn.Module):
         parts = []
         groups = self.stream.groups(text_ids)
         for rows, text in groups:
-            own = [None if values is None else values[rows] for values in (view, reads, embedding)]
-            parts.append(self._group_loss(text, image_ids[rows], inputs[rows], own, is_batch=len(groups) == 1))
+            own = (None if values is None else values[rows] for values in (view, reads, embedding))
+            parts.append(self._group_loss(len(groups) == 1, text, image_ids[rows], inputs[rows], *own))
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
 
     def _group_loss(
         self,
+        is_batch: bool,
         text: Tensor,
         ids: Tensor,
         inputs: Tensor,
-        more: Sequence[Tensor | None],
-        is_batch: bool,
+        view: Tensor | None,
+        reads: Tensor | None,
+        embedding: Tensor | None,
     ) -> list[Tensor]:
-        """The fields of DALLELosses for captions (B, t) that all take t slots: a whole batch, or a part of one.
-
-        more: view, reads and embedding of `loss`.
-        """
-        view, reads, embedding = more
+        """The fields of DALLELosses for captions (B, t) that all take t slots: a whole batch, or a part of one."""
         start = self.stream.image_prefix
         first = start + text.shape[1] - 1  # the output of the last text slot
         rope = self._rope(self._drawing_slots(text.shape[1]))
@@ -356,12 +354,16 @@ class DALLE(nn.Module):
         """
         end = start + image_ids.shape[1]
         cache.ids[:, start:end] = image_ids
-        return self.ids_above(cache.ids[:, :end])[:, start + 1 :]
+        return self.ids_above(cache.ids, start + 1, end + 1)
 
-    def ids_above(self, image_ids: Tensor) -> Tensor:
-        """What stands above the cells 0 … n of pictures whose first n image ids (B, n) are known; (B, n + 1)."""
-        num_cells, row = image_ids.shape[1] + 1, self.stream.grid_size
-        return F.pad(image_ids, (row, 0), value=self.stream.image_vocab)[:, :num_cells]
+    def ids_above(self, image_ids: Tensor, start: int, end: int) -> Tensor:
+        """What stands above the cells start … end - 1, (B, end - start): ids, image_vocab where there is nothing.
+
+        image_ids: (B, n) of the same pictures, which reach at least to the row above the last of those cells.
+        """
+        row = self.stream.grid_size
+        known = image_ids[:, max(0, start - row) : max(0, end - row)]
+        return F.pad(known, (end - start - known.shape[1], 0), value=self.stream.image_vocab)
 
     def check_extension(self, image_ids: Tensor, cache: KVCache) -> int:
         """The cell of the first of image ids (B, n) that follow a cache; ValueError where they go beyond the grid."""
@@ -420,7 +422,7 @@ class DALLE(nn.Module):
         num_outputs = image_ids.shape[1] + 1
         places = self.place_embedding(0, num_outputs)  # (n + 1, dim)
         if self.above is not None:
-            places = places + self.above(self.ids_above(image_ids))  # (B, n + 1, dim)
+            places = places + self.above(self.ids_above(image_ids, 0, num_outputs))  # (B, n + 1, dim)
         x = x + F.pad(places, (0, 0, x.shape[1] - num_outputs, 0))
         return self.with_view(x, view)
 

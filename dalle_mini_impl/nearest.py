@@ -19,7 +19,6 @@ WORTH_IT_FROM = 500_000
 _CONNECTIONS = 32
 _VISITED_IN_BUILDING = 200
 _VISITED_IN_SEARCHING = 128
-_REMEDY = "pip install -c constraints.txt -e '.[search]'"
 
 
 class NeighbourGraph:
@@ -87,4 +86,4 @@ class NeighbourGraph:
     def require(cls) -> None:
         """Raises ValueError that says what to install where the library isn't."""
         if not cls.is_available():
-            raise ValueError(f"approximate search needs the library usearch: {_REMEDY}, or search exactly")
+            raise ValueError("approximate search needs the library usearch: pip install 'dalle-mini-impl[search]'")

@@ -95,9 +95,10 @@ class PictureIndex:
             vectors = torch.from_numpy(np.load(place / values["vectors"], mmap_mode="c"))
             has_graph = values.get("graph") is not None and NeighbourGraph.is_available()
             graph = NeighbourGraph.load(place / values["graph"]) if has_graph else None
-            for name, count in (("vectors", len(vectors)), ("vectors in its graph", len(graph or vectors))):
-                if count != len(entries):
-                    raise ValueError(f"{len(entries)} pictures but {count} {name}")
+            if len(vectors) != len(entries):
+                raise ValueError(f"{len(entries)} pictures but {len(vectors)} vectors")
+            if graph is not None and len(graph) != len(entries):
+                raise ValueError(f"{len(entries)} pictures but {len(graph)} vectors in its graph")
             return cls(Path(values["folder"]), values["clip"], entries, vectors, graph)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the last: a graph cut off
             raise ValueError(f"the index in {place} can't be read ({error}): delete it and index again") from None

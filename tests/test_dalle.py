@@ -135,7 +135,7 @@ def test_no_logit_sees_the_token_it_predicts_or_a_later_one() -> None:
 
 def test_what_stands_above_is_a_row_before() -> None:
     dalle, text, images = _dalle(), _captions(), _images()
-    above = dalle.ids_above(images[:, :7])
+    above = dalle.ids_above(images[:, :7], 0, 8)
     assert above.shape == (5, 8)
     assert (above[:, :3] == STREAM.image_vocab).all(), "nothing is above the first row"
     assert torch.equal(above[:, 3:], images[:, :5])

@@ -15,8 +15,7 @@ LONG_ENOUGH_SEC = 300.0
 LONG_ENOUGH_STEPS = 1500
 """Compiling takes about half a minute, 15 s more for each further length, and saves a seventh to a fifth of a step."""
 MOST_LENGTHS = 6
-SETTLING_STEPS = 16
-"""First steps in which captions of new lengths come up, and are compiled, one after the other."""
+_SETTLING_STEPS = 16
 
 
 def should_compile(stage: str, config: StageConfig, model: nn.Module, allotted_sec: float | None) -> bool:
@@ -35,6 +34,11 @@ def should_compile(stage: str, config: StageConfig, model: nn.Module, allotted_s
     is_long = config.steps >= steps if allotted_sec is None else allotted_sec >= seconds
     has_few_shapes = num_lengths <= (1 if stage == "distill" else MOST_LENGTHS)  # it runs captions by length
     return is_possible and has_few_shapes and is_long and can_compile(next(model.parameters()).device)
+
+
+def settling_steps(model: nn.Module) -> int:
+    """First steps of a compiled model in which captions of new lengths come up, and are compiled, one by one."""
+    return _SETTLING_STEPS if getattr(model, "num_lengths", 1) > 1 else 0
 
 
 def can_compile(device: torch.device) -> bool:

@@ -34,12 +34,14 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, for use without gradients; every process has to call it."""
     if not is_shared(tensor):
         return tensor
-    rows = _rows_of(tensor)
+    rows = rows_of(tensor)
     return tensor.full_tensor() if rows is None else _gathered(tensor.to_local(), 0, tensor.shape[0], rows)
 
 
-def _rows_of(tensor: DTensor) -> ProcessGroup | None:
-    """The processes of which each holds some rows; None where a tensor is shared out in any other way."""
+def rows_of(tensor: Tensor) -> ProcessGroup | None:
+    """The processes of which each holds some rows; None where a tensor is shared out otherwise, or not at all."""
+    if not is_shared(tensor):
+        return None
     from torch.distributed.tensor import Shard
 
     is_cut = tensor.device_mesh.ndim == 1 and tensor.placements == (Shard(0),)
@@ -76,7 +78,7 @@ def whole_stack(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     stacked = torch.stack(list(parts))
     if not is_shared(like):
         return stacked
-    rows = _rows_of(like)
+    rows = rows_of(like)
     if rows is None:
         raise ValueError(f"matrices are gathered by rows of one group of processes, not as {like.placements} are")
     return _gathered(stacked, 1, like.shape[0], rows)

@@ -23,7 +23,7 @@ from dalle_mini_impl.training.batches import (
 )
 from dalle_mini_impl.training.budget import Plan, StageClock, format_duration
 from dalle_mini_impl.training.checkpoint import StateFolder
-from dalle_mini_impl.training.compiling import SETTLING_STEPS, should_compile
+from dalle_mini_impl.training.compiling import settling_steps, should_compile
 from dalle_mini_impl.training.dtensors import load_optimizer, part_like, whole_on_cpu
 from dalle_mini_impl.training.ema import EMA
 from dalle_mini_impl.training.gradients import Gradients
@@ -82,8 +82,7 @@ class StageTrainer:
         self.gradients = Gradients(task, self.module, accelerator, self.dtype, size, state.note_micro_batch_size)
         self.gradients.restrict(state.noted_micro_batch_size())
         self.is_compiled = not self.replica and should_compile(task.stage, config, task.model, allotted_sec)
-        settles = self.is_compiled and getattr(task.model, "num_lengths", 1) > 1
-        unlike_steps = task.unlike_steps + (SETTLING_STEPS if settles else 0)
+        unlike_steps = task.unlike_steps + (settling_steps(task.model) if self.is_compiled else 0)
         self.clock = StageClock(config, allotted_sec, unlike_steps=unlike_steps)
         self.step = 0
         self.skipped = self.skipped_in_a_row = 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dalle_mini_impl.config import StageConfig
-from dalle_mini_impl.training.dtensors import is_shared, local
+from dalle_mini_impl.training.dtensors import local, rows_of, whole
 from dalle_mini_impl.training.muon import Muon
 
 
@@ -75,12 +75,12 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     Gradients are shared out over processes all together, or none is.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if not gradients or not is_shared(gradients[0]):
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
+    rows = rows_of(gradients[0]) if gradients else None
+    if rows is None:
+        return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True))
     parts = [local(gradient) for gradient in gradients]
-    norm = torch.nn.utils.get_total_norm(parts, foreach=True)
-    squared = norm.square()
-    torch.distributed.all_reduce(squared, group=gradients[0].device_mesh.get_group())
+    squared = torch.nn.utils.get_total_norm(parts, foreach=True).square()
+    torch.distributed.all_reduce(squared, group=rows)
     norm = squared.sqrt()
     torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
