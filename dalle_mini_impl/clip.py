@@ -1,4 +1,7 @@
-"""CLIP: pictures and captions in one space (arXiv 2103.00020), trained with InfoNCE or SigLIP (arXiv 2303.15343)."""
+"""CLIP: pictures and captions in one space (arXiv 2103.00020), trained with InfoNCE or SigLIP (arXiv 2303.15343).
+
+With caption_layers it also reads captions word by word (CoCa, arXiv 2205.01917); both learn from the same features.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_mini_impl.captioner import Captioner
 from dalle_mini_impl.config import CLIPConfig
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
@@ -46,7 +50,11 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] to vectors (B, E)."""
-        out: Tensor = self.project(self.norm(self.features(images)[-1]).mean(dim=1))
+        return self.pool(self.features(images)[-1])
+
+    def pool(self, places: Tensor) -> Tensor:
+        """The last features (B, L, width) to vectors (B, E)."""
+        out: Tensor = self.project(self.norm(places).mean(dim=1))
         return out
 
     def features(self, images: Tensor) -> list[Tensor]:
@@ -85,9 +93,9 @@ class TextTower(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def forward(self, text_ids: Tensor) -> Tensor:
-        """Caption ids (B, T) to vectors (B, E)."""
-        real = text_ids != PAD  # (B, T)
-        x = self.embedding(text_ids) + self.position
+        """Caption ids (B, t) to vectors (B, E)."""
+        real = text_ids != PAD  # (B, t)
+        x = self.embedding(text_ids) + self.position[: text_ids.shape[1]]
         run = recomputed(Block.__call__, self.recomputes)
         for block in self.blocks:
             x = run(block, x, mask=real[:, None, None, :])
@@ -97,7 +105,7 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers that put a picture and its caption in the same direction."""
+    """Two towers that put a picture and its caption in the same direction, and a captioner where one is asked for."""
 
     def __init__(self, config: CLIPConfig, image_size: int, text_length: int, text_vocab: int) -> None:
         super().__init__()
@@ -106,36 +114,82 @@ class CLIP(nn.Module):
         self.text_length = text_length
         self.image_tower = ImageTower(config, image_size)
         self.text_tower = TextTower(config, text_length, text_vocab)
+        self.captioner = Captioner(config, text_length, text_vocab) if config.caption_layers else None
         siglip = config.loss == "siglip"
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0 if siglip else 1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0)) if siglip else None
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """Kernels of the stem and weights of both transformers' linear layers, which Muon may train."""
+        """Kernels of the stem and weights of the transformers' linear layers, which Muon may train."""
         kernels = [p for p in self.image_tower.stem.parameters() if p.ndim == 4]
-        towers = (self.image_tower.blocks, self.text_tower.blocks)
-        return [*kernels, *(p for tower in towers for p in tower.parameters() if p.ndim == 2)]
+        trunks = [self.image_tower.blocks, self.text_tower.blocks]
+        if self.captioner is not None:
+            trunks.append(self.captioner.blocks)
+        return [*kernels, *(p for trunk in trunks for p in trunk.parameters() if p.ndim == 2)]
 
     def checkpoint_blocks(self) -> None:
-        """Has gradients compute the inside of both towers' blocks again from now on, instead of keeping it."""
+        """Has gradients compute the inside of all blocks again from now on, instead of keeping it."""
         self.image_tower.recomputes = self.text_tower.recomputes = True
+        if self.captioner is not None:
+            self.captioner.recomputes = True
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) in [0, 1] to unit vectors (B, E), fp32."""
+        return self.pool(self.places(images))
+
+    def places(self, images: Tensor) -> Tensor:
+        """What the image tower makes of each place of pictures (B, 3, S, S) in [0, 1]: (B, L, width)."""
         size = self.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, 3, {size}, {size})")
-        return F.normalize(self.image_tower(images).float(), dim=1)
+        return self.image_tower.features(images)[-1]
+
+    def pool(self, places: Tensor) -> Tensor:
+        """Unit vectors (B, E), fp32, of pictures by their places (B, L, width)."""
+        return F.normalize(self.image_tower.pool(places).float(), dim=1)
 
     def encode_text(self, text_ids: Tensor) -> Tensor:
-        """Caption ids (B, T) int64 to unit vectors (B, E), fp32."""
-        if text_ids.ndim != 2 or text_ids.shape[1] != self.text_length:
-            raise ValueError(f"text_ids have shape {tuple(text_ids.shape)}; expected (B, {self.text_length})")
+        """Caption ids (B, t ≤ T) int64, padded, to unit vectors (B, E), fp32."""
+        self._check_text(text_ids)
         return F.normalize(self.text_tower(text_ids).float(), dim=1)
+
+    def _check_text(self, text_ids: Tensor) -> None:
+        if text_ids.ndim != 2 or not 1 <= text_ids.shape[1] <= self.text_length:
+            raise ValueError(
+                f"text_ids have shape {tuple(text_ids.shape)}; expected (B, {self.text_length}), or fewer slots"
+            )
 
     def forward(self, images: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vectors of B pictures (B, E) and of M captions (M, E)."""
         return self.encode_image(images), self.encode_text(text_ids)
+
+    def caption_log_likelihood(self, images: Tensor, text_ids: Tensor) -> Tensor:
+        """log p(caption | picture) in nats, (B,) fp32, of pictures (B, 3, S, S) in [0, 1] and captions (B, T).
+
+        Raises ValueError for a model without a captioner.
+        """
+        self._check_text(text_ids)
+        return -self.caption_nll(self.places(images), text_ids).sum(dim=1)
+
+    def caption_nll(self, places: Tensor, text_ids: Tensor) -> Tensor:
+        """-log p of each token after the first of captions (B, T), given their pictures' `places`: (B, T - 1), nats."""
+        return self._captioner().nll(places, text_ids)
+
+    def write_captions(
+        self, images: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Captions (B, T) drawn for pictures (B, 3, S, S) in [0, 1], and their log p(caption | picture), (B,).
+
+        temperature: 0 takes the likeliest word each time. Raises ValueError for a model without a captioner.
+        """
+        captioner = self._captioner()
+        with torch.no_grad():
+            return captioner.write(self.places(images), temperature, generator)
+
+    def _captioner(self) -> Captioner:
+        if self.captioner is None:
+            raise ValueError("this CLIP has no captioner: train it with clip.caption_layers above 0, for example 2")
+        return self.captioner
 
     @property
     def scale(self) -> float:
@@ -172,6 +226,7 @@ class CLIP(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of B pairs and its metrics (0-d, detached): the share of pictures that find their caption.
 
+        With a captioner, caption_weight × its nats a token are added; metrics then have both parts.
         keys: (B,) int64, equal where captions are equal. negative_ids: (M, T) captions that are nobody's, with their
         negative_keys (M,).
         """
@@ -182,11 +237,17 @@ class CLIP(nn.Module):
         all_ids, all_keys = text_ids, keys
         if negative_ids is not None and negative_keys is not None:
             all_ids, all_keys = torch.cat([text_ids, negative_ids]), torch.cat([keys, negative_keys])
-        image_vectors, text_vectors = self(images, all_ids)
+        places = self.places(images)
+        image_vectors, text_vectors = self.pool(places), self.encode_text(all_ids)
         loss = self.contrast(image_vectors, text_vectors, keys, all_keys)
         with torch.no_grad():
             found = (all_keys[(image_vectors @ text_vectors.t()).argmax(dim=1)] == keys).float().mean()
-        return loss, {"batch_recall": found, "logit_scale": self.logit_scale.detach().exp()[0]}
+        metrics = {"batch_recall": found, "logit_scale": self.logit_scale.detach().exp()[0]}
+        if self.captioner is not None:
+            caption_nll = self.caption_nll(places, text_ids).sum() / (text_ids[:, 1:] != PAD).sum()
+            metrics |= {"contrast": loss.detach(), "caption_nll": caption_nll.detach()}
+            loss = loss + self.config.caption_weight * caption_nll
+        return loss, metrics
 
 
 def _multi_positive_nll(logits: Tensor, positive: Tensor) -> Tensor:

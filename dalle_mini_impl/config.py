@@ -199,6 +199,11 @@ class CLIPConfig(Section):
     loss: Literal["siglip", "infonce"] = "infonce"
     hard_negatives: Annotated[int, Field(ge=0, le=8)] = 0
     """Captions changed in a word or two that each training picture is compared with besides those of the batch."""
+    caption_layers: Annotated[int, Field(ge=0)] = 0
+    """Layers of a captioner on the image tower: it reads captions word by word, which ranks pictures beside the cosine
+    and writes captions; 0: none."""
+    caption_weight: Annotated[float, Field(ge=0)] = 2.0
+    """Weight of the captioner's loss, nats a token, beside the contrastive one; CoCa's."""
     reconstructed_share: Share = 0.33
     """Share of training pictures passed through the VAE, once it is trained, so that decodes are judged fairly."""
 

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
+from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import Partial
@@ -72,10 +73,12 @@ class PromptDrawer:
     def ranked_by(self) -> str:
         """The scores whose sum decides the rank: all that the checkpoint has.
 
-        Each is a log-likelihood: CLIP's scaled cosine and DALL·E's reading of the prompt, given the picture, and, with
-        a small weight, the picture's own, given the prompt. None is wrong where the others are.
+        Each is a log-likelihood: CLIP's scaled cosine, and the prompt's, read from the picture by the checkpoint's
+        captioner or else by its DALL·E, and, with a small weight, the picture's own, given the prompt. None is wrong
+        where the others are.
         """
-        has = {"clip_score": self.embedder, "read_score": self.dalle.reading, "log_likelihood": self.dalle}
+        reader = self.captioning_clip or self.dalle.reading
+        has = {"clip_score": self.embedder, "read_score": reader, "log_likelihood": self.dalle}
         return " + ".join(name for name, part in has.items() if part is not None)
 
     def settings(self, **changes: Any) -> SamplingConfig:
@@ -289,7 +292,7 @@ class PromptDrawer:
             texts = [prompts[prompt] for prompt, _ in jobs[part]]
             if embeddings is None or all(texts):
                 clip = self._clip_scores(images, texts)
-                read = self._read_scores(samples.ids[part], text_ids[[prompt for prompt, _ in jobs[part]]])
+                read = self._read_scores(images, samples.ids[part], text_ids[[prompt for prompt, _ in jobs[part]]])
             else:  # there is nothing to read, and the embedding says what the picture should be like
                 met = encode_pictures(embedding_clip(self.bundle), images) * embeddings[part].cpu()
                 clip, read = met.sum(dim=1).tolist(), [None] * len(texts)
@@ -339,10 +342,21 @@ class PromptDrawer:
         scores: list[float] = score_pairs(self.embedder, images, prompts).tolist()
         return scores
 
+    @property
+    def captioning_clip(self) -> CLIP | None:
+        """The checkpoint's own CLIP where it has a captioner, whatever CLIP ranks beside it."""
+        clip = self.bundle.clip
+        return None if clip is None or clip.captioner is None else clip
+
     @torch.no_grad()
-    def _read_scores(self, ids: Tensor, text_ids: Tensor) -> list[float] | list[None]:
-        if self.dalle.reading is None:
+    def _read_scores(self, images: Tensor, ids: Tensor, text_ids: Tensor) -> list[float] | list[None]:
+        """log p(caption | picture) of pictures (n, 3, S, S) in [0, 1], or of their ids (n, N), by what reads best."""
+        device, clip = self.dalle.image_head.weight.device, self.captioning_clip
+        if clip is None and self.dalle.reading is None:
             return [None] * len(ids)
-        device = self.dalle.image_head.weight.device
-        scores: list[float] = self.dalle.caption_log_likelihood(text_ids.to(device), ids.to(device)).tolist()
+        if clip is not None:
+            found = clip.caption_log_likelihood(images.to(device), text_ids.to(device))
+        else:
+            found = self.dalle.caption_log_likelihood(text_ids.to(device), ids.to(device))
+        scores: list[float] = found.tolist()
         return scores

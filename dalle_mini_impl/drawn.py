@@ -18,7 +18,7 @@ class RankedPicture:
     rank: 1 is the best of its prompt, 0 means not ranked. candidate: its number, which with prompt, seed and settings
     fixes its tokens. clip_score: cosine similarity with the prompt, or with the embedding where there is no prompt;
     None without a CLIP. log_ratio: Σ log p(x|prompt) - log p(x|null). log_likelihood: its first part. read_score:
-    log p(prompt|picture) in nats, None where DALL·E doesn't read. score: what it is ranked by, see
+    log p(prompt|picture) in nats, None where neither a captioner nor DALL·E reads. score: what it is ranked by, see
     `TextToImage.ranked_by`. tokens: image ids (N,) int64. embedding: the picture embedding (E,) that it was drawn by.
     """
 

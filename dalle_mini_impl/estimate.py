@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_upscaler, build_vae
@@ -92,7 +93,7 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
         ids = torch.zeros(1, stream.num_image_tokens, dtype=torch.long)
     latents = torch.zeros(1, vae.quantizer.out_channels, vae.grid_size, vae.grid_size, device="meta")
     passes: dict[Stage, tuple[nn.Module, Callable[[], object]]] = {
-        "clip": (clip, lambda: clip(images, text)),
+        "clip": (clip, lambda: _clip_pass(clip, images, text)),
         "vae": (vae, lambda: (vae.encoder(images), vae.decoder(latents))),
         "dalle": (dalle, lambda: dalle(text, ids)),
     }
@@ -118,6 +119,13 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
         cache_bytes=branches * 2 * config.layers * config.dim * tokens * _BF16,
         draw_flops=branches * stages["dalle"].forward_flops,
     )
+
+
+def _clip_pass(clip: CLIP, images: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+    """What a picture and its caption go through in training."""
+    places = clip.places(images)
+    vectors = clip.pool(places), clip.encode_text(text)
+    return vectors if clip.captioner is None else (*vectors, clip.caption_nll(places, text))
 
 
 def _stage(

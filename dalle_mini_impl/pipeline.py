@@ -196,12 +196,37 @@ class TextToImage(PromptDrawer):
         found = []
         for first in range(0, len(captions), DECODE_BATCH):
             part = slice(first, first + DECODE_BATCH)
-            ids, text = self._encode(pictures[part]), text_ids[part].to(device)
-            clip = self._clip_scores(pictures[part], captions[part])
-            read = self._read_scores(ids, text)
+            given, text = pictures[part], text_ids[part].to(device)
+            images = given if isinstance(given, Tensor) else self._pixels_of(given)
+            ids = self._encode(images)
+            clip = self._clip_scores(given, captions[part])
+            read = self._read_scores(images, ids, text)
             likelihoods = self.dalle.log_likelihood(text, ids).tolist()
             for caption, of_clip, of_read, likelihood in zip(captions[part], clip, read, likelihoods, strict=True):
                 scores = {"clip_score": of_clip, "read_score": of_read, "log_likelihood": likelihood}
                 total = self._score(of_clip, of_read, likelihood)
                 found.append(CaptionScores(caption=caption, score=total, **scores))
         return found
+
+    @torch.no_grad()
+    def caption(self, picture: Image.Image, candidates: int = 8, seed: int = 0) -> list[CaptionScores]:
+        """Writes captions for a picture, the first of the likeliest words and the others drawn; the best come first.
+
+        There may be fewer than `candidates`, since equal ones are one. Raises ValueError for a checkpoint without a
+        captioner.
+        """
+        clip = self.captioning_clip
+        if clip is None:
+            raise ValueError(
+                f"checkpoint {self.bundle.recipe.name!r} writes no captions: train its CLIP with clip.caption_layers=2"
+            )
+        if candidates < 1:
+            raise ValueError(f"candidates is {candidates}; write at least 1")
+        device = clip.logit_scale.device
+        image = self._pixels_of([picture]).to(device)
+        written = [clip.write_captions(image)[0]]
+        if candidates > 1:
+            generator = torch.Generator(device).manual_seed(seed)
+            written.append(clip.write_captions(image.expand(candidates - 1, -1, -1, -1), 1.0, generator)[0])
+        captions = list(dict.fromkeys(self.bundle.tokenizer.decode(ids) for ids in torch.cat(written).tolist()))
+        return sorted(self.score([picture] * len(captions), captions), key=lambda item: -item.score)

@@ -200,8 +200,8 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         clip.encode_image(_images(size=8))
     with pytest.raises(ValueError, match=r"images have shape \(3, 16, 16\)"):
         clip.encode_image(_images()[0])
-    with pytest.raises(ValueError, match=r"text_ids have shape \(4, 5\); expected \(B, 6\)"):
-        clip.encode_text(_captions()[:, 1:])
+    with pytest.raises(ValueError, match=r"text_ids have shape \(4, 7\); expected \(B, 6\), or fewer slots"):
+        clip.encode_text(F.pad(_captions(), (0, 1)))
     with pytest.raises(ValueError, match=r"keys have shape \(3,\); expected \(4,\)"):
         clip.loss(_images(), _captions(), KEYS[:3])
     with pytest.raises(ValueError, match="2 pictures and 4 captions"):
@@ -217,3 +217,62 @@ def test_hard_negatives_are_compared_with_pictures_and_ask_for_none(loss: str, s
     assert value > clip.contrast(images, texts[:4], KEYS, KEYS).item() - (1.0 if loss == "infonce" else 0.0)
     whole, _ = clip.loss(_images(), _captions(), KEYS, _captions()[[1, 3]], torch.tensor([91, 92]))
     assert whole.item() != clip.loss(_images(), _captions(), KEYS)[0].item()
+
+
+def _reader() -> CLIP:
+    clip = CLIP(_config().model_copy(update={"caption_layers": 2}), SIZE, LENGTH, VOCAB)
+    randomize(clip)
+    return clip.eval()
+
+
+def test_a_caption_is_read_word_by_word() -> None:
+    """Each word's probability, by a model that is shown no more than the words before it."""
+    clip, images, texts = _reader(), _images(), _captions()[[1, 0, 1, 2]]
+    assert clip.captioner is not None
+    with torch.no_grad():
+        found = clip.caption_log_likelihood(images, texts)
+        for row in range(4):
+            expected, places = 0.0, clip.places(images[row : row + 1])
+            for slot in range(1, int((texts[row] != PAD).sum())):
+                logits = clip.captioner(places, texts[row : row + 1, :slot])[0, -1]
+                expected += logits.log_softmax(dim=0)[texts[row, slot]].item()
+            assert found[row].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_reading_depends_on_the_picture_and_on_no_padding() -> None:
+    clip, images, texts = _reader(), _images(2), _captions()[:1].expand(2, -1)
+    with torch.no_grad():
+        found = clip.caption_log_likelihood(images, texts)
+        assert found[0] != pytest.approx(found[1].item(), abs=1e-3)
+        assert torch.allclose(clip.caption_log_likelihood(images, texts[:, :4]), found, atol=1e-5)
+        assert torch.allclose(clip.encode_text(texts[:, :4]), clip.encode_text(texts), atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_written_captions_have_the_likelihood_that_reading_gives_them(temperature: float) -> None:
+    clip, images = _reader(), _images(16)
+    texts, likelihoods = clip.write_captions(images, temperature, torch.Generator().manual_seed(0))
+    assert texts.shape == (16, LENGTH) and bool((texts[:, 0] == BOS).all())
+    for row in texts.tolist():
+        end = row.index(EOS)
+        assert set(row[end + 1 :]) <= {PAD} and EOS not in row[:end]
+    with torch.no_grad():
+        assert torch.allclose(clip.caption_log_likelihood(images, texts), likelihoods, rtol=1e-4, atol=1e-4)
+    again = clip.write_captions(images, temperature, torch.Generator().manual_seed(0))[0]
+    assert torch.equal(texts, again)
+
+
+def test_a_captioner_adds_its_nats_to_the_loss() -> None:
+    clip, images, texts = _reader(), _images(), _captions()[[1, 0, 1, 2]]
+    keys = torch.tensor([3, 5, 3, 5])
+    loss, metrics = clip.loss(images, texts, keys)
+    nats = -clip.caption_log_likelihood(images, texts).sum() / (texts[:, 1:] != PAD).sum()
+    assert metrics["caption_nll"].item() == pytest.approx(nats.item(), rel=1e-5)
+    contrast = clip.contrast(*clip(images, texts), keys, keys)
+    assert metrics["contrast"].item() == pytest.approx(contrast.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(contrast.item() + 2 * nats.item(), rel=1e-5)
+
+
+def test_a_clip_without_a_captioner_says_so() -> None:
+    with pytest.raises(ValueError, match=r"has no captioner: train it with clip\.caption_layers above 0"):
+        _clip().caption_log_likelihood(_images(), _captions())

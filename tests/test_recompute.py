@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.training.task import Task
+from dalle_mini_impl.training.tasks.clip import CLIPTask
 from tests.test_training_tasks import batch_of, clip_task, dalle_task, gradients, reading_task, vae_task
 from tests.tiny import tiny_recipe
 
@@ -36,7 +37,11 @@ def kept_bytes(task: Task) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("make", [deep_dalle_with_dropout, reading_task, clip_task, vae_task])
+def captioning_task() -> CLIPTask:
+    return clip_task("clip.caption_layers=2")
+
+
+@pytest.mark.parametrize("make", [deep_dalle_with_dropout, reading_task, clip_task, captioning_task, vae_task])
 def test_checkpointing_gradients_changes_neither_loss_nor_gradient(make: Callable[[], Any]) -> None:
     plain, again = make(), make()
     again.model.checkpoint_blocks()

@@ -26,8 +26,8 @@ CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 def cut_up() -> Recipe:
-    """Each of two processes takes its half of a transformer's batch in two parts."""
-    return recipe("train.dalle.micro_batch_size=2")
+    """Each of two processes takes its half of a transformer's batch in two parts; CLIP has a captioner."""
+    return recipe("train.dalle.micro_batch_size=2", "clip.caption_layers=1")
 
 
 def launch(config: str, folder: Path) -> None:

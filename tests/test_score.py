@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dalle_mini_impl import TextToImage
 from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.rerank import score_pairs
-from tests.tiny import tiny_bundle
+from tests.tiny import tiny_bundle, tiny_checkpoint
 
 CAPTIONS = ["a red circle", "a blue square above a green triangle", "two small yellow stars"]
 
@@ -38,6 +39,47 @@ def test_each_score_is_its_models_own() -> None:
         assert item.score == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="3 pictures came with 2 captions"):
         model.score(pictures, CAPTIONS[:2])
+
+
+def test_a_captioner_reads_instead_of_dalle() -> None:
+    bundle = tiny_bundle("dalle.reading_share=0.2", "clip.caption_layers=1")
+    model = TextToImage(bundle)
+    assert bundle.clip is not None
+    pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    text = bundle.tokenizer.batch(CAPTIONS, bundle.stream.text_length)[0]
+    with torch.no_grad():
+        readings = bundle.clip.caption_log_likelihood(pictures, text)
+    for item, reading in zip(model.score(pictures, CAPTIONS), readings, strict=True):
+        assert item.read_score == pytest.approx(reading.item(), rel=1e-5)
+    assert model.ranked_by == "clip_score + read_score + log_likelihood"
+    drawn = model(CAPTIONS[0], candidates=2, keep=2)[0]
+    seen = model.decode(drawn.tokens[None])
+    with torch.no_grad():
+        assert drawn.read_score == pytest.approx(bundle.clip.caption_log_likelihood(seen, text[:1]).item(), rel=1e-4)
+
+
+def test_captions_are_written_and_ranked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny", "clip.caption_layers=1")
+    model = TextToImage.from_pretrained(checkpoint)
+    picture = Image.effect_noise((40, 30), 90).convert("RGB")
+    written = model.caption(picture, candidates=5, seed=3)
+    assert 1 <= len(written) <= 5 and len({item.caption for item in written}) == len(written)
+    assert [item.score for item in written] == sorted((item.score for item in written), reverse=True)
+    assert model.caption(picture, candidates=5, seed=3) == written
+    assert {item.caption for item in model.caption(picture, 1)} <= {item.caption for item in written}
+    picture.save(tmp_path / "noise.png")
+    options = ["--checkpoint", str(checkpoint), "--candidates", "5", "--keep", "2", "--seed", "3"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["caption", str(tmp_path / "noise.png"), *options, "--out", str(tmp_path / "captions.jsonl")])
+    assert not stopped.value.code
+    lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert [line["caption"] for line in lines] == [item.caption for item in written[:2]]
+    assert written[0].caption in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_captioner_writes_none() -> None:
+    with pytest.raises(ValueError, match=r"'tiny' writes no captions: train its CLIP with clip\.caption_layers=2"):
+        TextToImage(tiny_bundle()).caption(Image.new("RGB", (16, 16)))
 
 
 def test_the_true_caption_of_a_drawn_picture_comes_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

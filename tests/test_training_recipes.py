@@ -33,7 +33,7 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
             "laplacian_weight",
         }
     ),
-    "clip": frozenset({"reconstructed_share", "hard_negatives"}),
+    "clip": frozenset({"reconstructed_share", "hard_negatives", "caption_weight"}),
     "dalle": frozenset(
         {"dropout", "token_corruption", "caption_dropout", "reading_after", "embedding_dropout", "text_loss_weight"}
     ),
@@ -101,6 +101,18 @@ def test_reading_can_be_gained_and_is_lost_only_where_the_recipe_says_so() -> No
         assert (
             adopt_architecture(Recipe.parse({}, [f"dalle.reading_share={share}"]), reading).dalle.reading_share == share
         )
+
+
+def test_a_captioner_can_be_gained_and_is_lost_only_where_the_recipe_says_so() -> None:
+    plain, reading = tiny_bundle(), tiny_bundle("clip.caption_layers=1")
+    assert adopt_architecture(reading.recipe, plain).clip.caption_layers == 1
+    assert adopt_architecture(Recipe(), reading).clip.caption_layers == 1
+    for layers in (0, 2):
+        stated = Recipe.parse({}, [f"clip.caption_layers={layers}"])
+        assert adopt_architecture(stated, reading).clip.caption_layers == layers
+        # A CLIP that isn't trained stays what it is.
+        assert adopt_architecture(stated, reading, ["vae", "dalle"]).clip.caption_layers == 1
+        assert adopt_architecture(stated, plain, ["dalle"]).clip.caption_layers == 0
 
 
 def test_models_that_a_checkpoint_lacks_are_the_recipes_own() -> None:

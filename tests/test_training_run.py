@@ -208,6 +208,27 @@ def test_a_checkpoint_learns_to_read_by_fine_tuning(finished: Path, tmp_path: Pa
             assert torch.allclose(after.state_dict()[name], value, atol=1e-6), name
 
 
+def test_a_checkpoint_gains_a_captioner_by_fine_tuning(finished: Path, tmp_path: Path) -> None:
+    still = ("train.clip.learning_rate=1e-9", "train.clip.muon_learning_rate=1e-9", "clip.caption_layers=1")
+    assert train(recipe(*still), DATA, tmp_path / "reads", stages=["clip"], init_from=str(finished))
+    before, after = load_bundle(finished), load_bundle(tmp_path / "reads")
+    assert before.clip is not None and after.clip is not None and after.dalle is not None
+    assert before.clip.captioner is None and after.clip.captioner is not None
+    for name, value in before.clip.state_dict().items():
+        assert torch.allclose(after.clip.state_dict()[name], value, atol=1e-6), name
+    assert {"caption_nll", "contrast"} <= lines(tmp_path / "reads", "clip")[-2].keys()
+    assert "caption_nll" in lines(tmp_path / "reads", "clip")[-1]
+    # Where another stage alone is trained, CLIP stays as it is, whatever the recipe would have of a new one.
+    assert train(recipe(*still), DATA, tmp_path / "without", stages=["dalle"], init_from=str(finished))
+    without = load_bundle(tmp_path / "without")
+    assert without.clip is not None and without.clip.captioner is None
+    assert train(
+        recipe("clip.caption_layers=0"), DATA, tmp_path / "no", stages=["clip"], init_from=str(tmp_path / "reads")
+    )
+    no_more = load_bundle(tmp_path / "no")
+    assert no_more.clip is not None and no_more.clip.captioner is None
+
+
 def test_fine_tuning_keeps_the_tokenizer_and_starts_from_the_weights(finished: Path, tmp_path: Path) -> None:
     other = recipe("dalle.dim=64", "train.dalle.learning_rate=1e-12", "train.dalle.muon_learning_rate=1e-12", steps=2)
     out = tmp_path / "tuned"

@@ -103,6 +103,7 @@ CLIP_TASKS = [
     lambda: clip_task("clip.loss=siglip"),
     clip_task_with_hard_negatives,
     lambda: clip_task_with_hard_negatives("siglip"),
+    lambda: clip_task("clip.caption_layers=1", "clip.hard_negatives=1"),
 ]
 
 

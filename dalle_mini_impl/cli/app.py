@@ -27,6 +27,7 @@ VERBS = {
     "rerank": "Rank a folder of pictures against a prompt, or plot quality against the number of candidates.",
     "classify": "Tell which of some labels pictures show, without training.",
     "score": "Say how well captions fit pictures.",
+    "caption": "Write captions for pictures.",
     "index": "Embed a folder's pictures, so that they can be searched.",
     "search": "Find pictures of an index by what they show.",
     "web": "Serve a page to draw, watch, vary, classify and search.",

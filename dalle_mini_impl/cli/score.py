@@ -21,7 +21,8 @@ def score(
     """Score captions against pictures; the best caption of each picture comes first.
 
     score is what `sample` ranks by. clip_score is CLIP's cosine. read_score is log p(caption | picture) in nats, of
-    checkpoints that learned to read. log_likelihood is log p(picture | caption) in nats, over the picture's tokens.
+    checkpoints with a captioner or a DALL·E that reads. log_likelihood is log p(picture | caption) in nats, over the
+    picture's tokens.
     """
     from dalle_mini_impl.cli.pictures import find_pictures, read_pictures
     from dalle_mini_impl.cli.processes import process_state

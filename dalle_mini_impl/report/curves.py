@@ -73,8 +73,9 @@ def vae_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> lis
 
 
 def clip_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> list[Element]:
-    """Loss beside ln B and recall beside chance."""
+    """Loss beside ln B and recall beside chance; and how captions are read, where they are."""
     chance = stage.last("loss_chance")
+    has_captioner = bool(stage.curve("caption_nll")[0])
     of_infonce = record.recipe.clip.loss == "infonce"
     levels = [Level("chance, ln B", chance)] if chance is not None and of_infonce else []
     recall = stage.last("chance_recall_at_1")
@@ -86,7 +87,7 @@ def clip_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> li
             "ln B. Validation batches may be smaller than training's, and so easier.",
             line_chart(
                 [
-                    _line(stage, "training", "loss", part="training"),
+                    _line(stage, "training", "contrast" if has_captioner else "loss", part="training"),
                     _line(stage, "validation", "loss", 1),
                 ],
                 levels=levels,
@@ -110,7 +111,22 @@ def clip_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> li
                 percent=True,
             ),
         ),
+        *([_reading(stage)] if has_captioner else []),
     ]
+
+
+def _reading(stage: StageRecord) -> Element:
+    """What a token of a caption costs the captioner."""
+    return figure(
+        "Reading captions",
+        "How surprised the captioner is by each token of a caption, in nats, once it has seen the picture. What stays "
+        "is mostly what a picture doesn't decide: which words a caption uses.",
+        line_chart(
+            [_line(stage, "training", "caption_nll", part="training"), _line(stage, "validation", "caption_nll", 1)],
+            x_label=STEPS,
+            y_label="nats per token",
+        ),
+    )
 
 
 def dalle_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> list[Element]:

@@ -19,6 +19,7 @@ from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache
 from dalle_mini_impl.sampling import every_row, sample_rows
 from dalle_mini_impl.sheet import contact_sheet, reconstruction_sheet, save_sheet, to_pil
+from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training.batches import Indices
 from dalle_mini_impl.training.task import EvaluationContext
@@ -75,16 +76,21 @@ def retrieve(
 ) -> dict[str, float]:
     """Loss beside ln B, and recall@1 and @5 in both directions over pairs with different captions, beside chance.
 
-    vae: where given, decodes of the pictures are judged as well, as reranking will.
+    With a captioner also its nats a token. vae: where given, decodes of the pictures are judged as well, as reranking
+    will.
     """
     pairs = _distinct(data, indices)
     own = share(pairs, context)
     rows: list[tuple[int, Any, Any, Any]] = []
+    read = torch.zeros(2, dtype=torch.float64, device=context.accelerator.device)  # nats, tokens
     for chunk in chunks(own):
         images = data.images(chunk).to(context.accelerator.device)
         text = tokenizer.batch([data.captions[i][0] for i in chunk], clip.text_length)[0].to(images.device)
         with context.autocast():
-            image_vectors, text_vectors = clip(images, text)
+            places = clip.places(images)
+            image_vectors, text_vectors = clip.pool(places), clip.encode_text(text)
+            if clip.captioner is not None:
+                read += torch.stack([clip.caption_nll(places, text).sum(), (text[:, 1:] != PAD).sum()])
             decoded = clip.encode_image(vae.decode(vae.encode(images))) if vae is not None else image_vectors
         arrays = (vectors.float().cpu().numpy() for vectors in (image_vectors, text_vectors, decoded))
         rows += list(zip(chunk.tolist(), *arrays, strict=True))
@@ -94,6 +100,9 @@ def retrieve(
     metrics |= _recalls(images_, texts)
     if vae is not None:
         metrics["decoded_to_text_recall_at_1"] = _recall(decodes @ texts.t(), 1)
+    if clip.captioner is not None:
+        nats, tokens = context.accelerator.reduce(read, "sum").tolist()
+        metrics["caption_nll"] = nats / tokens
     return metrics
 
 

@@ -33,7 +33,17 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
         }
     ),
     "clip": frozenset(
-        {"embed_dim", "stem_width", "width", "heads", "image_layers", "text_layers", "loss", "token_shift"}
+        {
+            "embed_dim",
+            "stem_width",
+            "width",
+            "heads",
+            "image_layers",
+            "text_layers",
+            "caption_layers",
+            "loss",
+            "token_shift",
+        }
     ),
     "dalle": frozenset(
         {
@@ -56,24 +66,33 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
 }
 """Keys that say what a checkpoint's weights, ids and slots mean: fine-tuning takes them over, and no others."""
 
+_ADDED: dict[str, frozenset[str]] = {
+    "clip": frozenset({"caption_layers"}),
+    "dalle": frozenset({"image_prefix", "reading_share"}),
+}
+"""Keys that are 0 where a model hasn't got a part, which fine-tuning can add."""
+_ENDED: dict[str, frozenset[str]] = {"clip": frozenset({"caption_layers"}), "dalle": frozenset({"reading_share"})}
+"""Those of them whose part fine-tuning can leave out, where the recipe itself says 0."""
 
-def adopt_architecture(recipe: Recipe, bundle: Bundle) -> Recipe:
+
+def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] = STAGES) -> Recipe:
     """The recipe with the architecture keys of a checkpoint, as fine-tuning needs it.
 
     Model sections whose model the checkpoint hasn't got stay the recipe's. So do an image_prefix and a reading_share
-    that its DALL·E hasn't got: fine-tuning can add them. A reading_share that the recipe itself states is its own in
-    any case: 0 ends reading. What is taken over against the recipe's word is logged.
+    that its DALL·E hasn't got, and a captioner that its CLIP hasn't got: fine-tuning can add them. A reading_share and
+    caption_layers that the recipe itself states are its own in any case: 0 ends reading. All that only where the model
+    is trained: stages are those to train. What is taken over against the recipe's word is logged.
     """
     theirs = bundle.recipe
     sections: dict[str, Any] = {}
     for section, keys in ARCHITECTURE_KEYS.items():
         if section not in (*STAGES, *OPTIONAL_STAGES) or getattr(bundle, section) is not None:
             taken = {key: getattr(getattr(theirs, section), key) for key in keys}
-            if section == "dalle":
-                added = {key: getattr(recipe.dalle, key) for key in ("image_prefix", "reading_share")}
-                stated = recipe.dalle.model_fields_set & {"reading_share"}
-                taken |= {key: value for key, value in added.items() if taken[key] == 0 or key in stated}
-            sections[section] = getattr(recipe, section).model_copy(update=taken)
+            ours = getattr(recipe, section)
+            stated = ours.model_fields_set & _ENDED.get(section, frozenset())
+            changeable = _ADDED.get(section, frozenset()) if section in stages else frozenset()
+            own = [key for key in changeable if taken[key] == 0 or key in stated]
+            sections[section] = ours.model_copy(update=taken | {key: getattr(ours, key) for key in own})
     adopted = recipe.model_copy(update=sections)
     for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():
         logger.info("%s = %s is the checkpoint's (the recipe says %s)", key, adopted_value, own)

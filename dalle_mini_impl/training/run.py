@@ -79,8 +79,9 @@ def train(
     check_trackers(track)
     with StopSignal() as stop:
         try:
-            run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop, reasons)
-            todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
+            wanted = asked_for(recipe) if stages is None else stages
+            run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop, wanted, reasons)
+            todo = run.unfinished(wanted, resume)
             run.begin(Budget(budget_sec, already_sec=already_sec), resume)
             if todo:
                 run.start_tracking(track, todo[0])
@@ -107,6 +108,7 @@ class Run:
         accelerator: Accelerator,
         init_from: str | None,
         stop: StopSignal,
+        stages: Sequence[Stage],
         reasons: Sequence[str] = (),
     ) -> None:
         self.out, self.data_spec, self.accelerator, self.stop = out, data_spec, accelerator, stop
@@ -125,7 +127,7 @@ class Run:
         self._initial: Bundle | None = None
         if self._init_from is not None:
             self._initial = load_bundle(initial if (initial / "config.json").is_file() else self._init_from)
-            recipe = adopt_architecture(recipe, self._initial)
+            recipe = adopt_architecture(recipe, self._initial, stages)
         self.recipe = recipe
 
     def unfinished(self, stages: Sequence[Stage], resume: bool) -> list[Stage]:
@@ -180,7 +182,7 @@ class Run:
             save_bundle(self._first_bundle(), checkpoint)
         self._write_note()
         self.accelerator.wait_for_everyone()
-        self.bundle = replace(load_bundle(checkpoint), recipe=self.recipe)
+        self.bundle = self._without_outgrown(load_bundle(checkpoint))
         if self.is_main:
             write_json(self.out / "data-report.json", {**self.data.report, "text": self.bundle.metadata["text"]})
         data, stream = self.data, self.bundle.stream
@@ -219,16 +221,25 @@ class Run:
             write_atomically(self.out / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
             write_json(self._note_path, self._note)
 
+    def _without_outgrown(self, bundle: Bundle) -> Bundle:
+        """A checkpoint under this run's recipe, without the models that the recipe gives another part."""
+        ours, theirs = self.recipe, bundle.recipe
+        bundle = replace(bundle, recipe=ours)
+        prefix_differs = ours.dalle.image_prefix != theirs.dalle.image_prefix
+        if prefix_differs or bool(ours.dalle.reading_share) != bool(theirs.dalle.reading_share):
+            logger.info("its DALL·E is left out until stage dalle has trained it with another prefix or reading")
+            bundle = replace(bundle, dalle=None)
+        if ours.clip.caption_layers != theirs.clip.caption_layers:
+            logger.info("its CLIP is left out until stage clip has trained it with another captioner")
+            bundle = replace(bundle, clip=None)
+        return bundle
+
     def _first_bundle(self) -> Bundle:
         """The checkpoint before any stage: a tokenizer, and what --init-from brings along."""
         captions = [caption for index in self.data.train for caption in self.data.captions[index]]
         config = self.recipe.text
         if self._initial is not None:
-            bundle = replace(self._initial, recipe=self.recipe)
-            ours, theirs = self.recipe.dalle, self._initial.recipe.dalle
-            if ours.image_prefix != theirs.image_prefix or bool(ours.reading_share) != bool(theirs.reading_share):
-                logger.info("its DALL·E is left out until stage dalle has trained it with another prefix or reading")
-                bundle = replace(bundle, dalle=None)
+            bundle = self._without_outgrown(self._initial)
         elif captions:
             tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))

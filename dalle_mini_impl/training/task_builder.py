@@ -35,6 +35,9 @@ from dalle_mini_impl.vae.upsampler import FACTOR
 
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
+_READING_PARTS = ("reading.", "captioner.")
+_ADDED_PARTS = ("prefix.", *_READING_PARTS)
+"""What names of weights begin with that fine-tuning can add; those of reading it can leave out, too."""
 Cache = TypeVar("Cache", TokenCache, EmbeddingCache)
 
 
@@ -129,16 +132,16 @@ class TaskBuilder:
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.
 
-        A DALL·E that gains an image_prefix or learns to read has that fresh and everything else from the checkpoint;
-        one that is to read no more leaves out what marks a picture that is read.
+        A DALL·E that gains an image_prefix or learns to read, and a CLIP that gains a captioner, has that fresh and
+        everything else from the checkpoint; one that is to read no more leaves out what it read with.
         """
         torch.manual_seed(derive_seed(self.recipe.seed, stage, "weights"))
         model = build()
         initial = getattr(self.initial, stage, None)
         if initial is not None:
             own, theirs = model.state_dict(), initial.state_dict()
-            fresh = {name: value for name, value in own.items() if name.startswith(("prefix.", "reading."))}
-            kept = {name: value for name, value in theirs.items() if name in own or not name.startswith("reading.")}
+            fresh = {name: value for name, value in own.items() if name.startswith(_ADDED_PARTS)}
+            kept = {name: value for name, value in theirs.items() if name in own or not name.startswith(_READING_PARTS)}
             model.load_state_dict({**fresh, **kept})
         return model
 

@@ -13,6 +13,7 @@ from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels
+from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, sample_rng
@@ -63,7 +64,7 @@ class CLIPTask(BaseTask):
         return [self.data.names[index] for index in self.captioned[items]]
 
     def batch(self, items: Indices, positions: Indices) -> Batch:
-        """Pixels (B, S, S, 3), image ids (B, N) and whether to decode them, caption ids (B, T), caption keys (B,)."""
+        """Pixels (B, S, S, 3), image ids (B, N) and whether to decode them, caption ids (B, t), caption keys (B,)."""
         indices = self.captioned[items]
         rngs = [sample_rng(self.seed, self.stage, int(position)) for position in positions]
         captions = [pick_caption(self.data.captions[index], rng) for index, rng in zip(indices, rngs, strict=True)]
@@ -92,11 +93,11 @@ class CLIPTask(BaseTask):
                 ]
             )  # (B, K, T)
             batch["negative_keys"] = torch.tensor([[caption_key(c) for c in row] for row in changed])
-        return batch
+        return _trimmed(batch)
 
     def counts(self, batch: Batch) -> Tensor:
-        """Pairs."""
-        return torch.tensor([len(batch["pixels"])], dtype=torch.float64)
+        """Pairs, and tokens of their captions that are predicted where there is a captioner."""
+        return torch.tensor([len(batch["pixels"]), int((batch["text"][:, 1:] != PAD).sum())], dtype=torch.float64)
 
     def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
         """Where the batch is cut up: the loss's gradient at every vector of the global batch (GradCache, 2101.06983).
@@ -109,7 +110,7 @@ class CLIPTask(BaseTask):
             return micro_batches
         clip = cast(CLIP, model)
         with torch.no_grad():
-            vectors = [self._vectors(clip, batch) for batch in micro_batches]
+            vectors = [self._vectors(clip, batch, clip.places(self._images(batch))) for batch in micro_batches]
         sizes = [len(batch["keys"]) for batch in micro_batches]
         own = [torch.cat([pair[side] for pair in vectors]) for side in (0, 1)]
         own.append(torch.cat([_with_negatives(batch, "keys", "negative_keys") for batch in micro_batches]))
@@ -128,25 +129,33 @@ class CLIPTask(BaseTask):
         return [b | {"image_grad": i, "text_grad": t} for b, (i, t) in zip(micro_batches, grads, strict=True)]
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
-        """The contrastive loss of the batch, or this micro-batch's part of its gradient."""
+        """The contrastive loss of the batch, or this micro-batch's part of its gradient; and a captioner's loss."""
         clip = cast(CLIP, model)
         if "image_grad" not in batch:
             keys = _own_first(_with_negatives(batch, "keys", "negative_keys"))
             ids = _own_first(_with_negatives(batch, "text", "negatives"))
             count = len(batch["keys"])
             return clip.loss(self._images(batch), ids[:count], keys[:count], ids[count:], keys[count:])
-        image_vectors, text_vectors = self._vectors(clip, batch)
+        places = clip.places(self._images(batch))
+        image_vectors, text_vectors = self._vectors(clip, batch, places)
         share = (len(batch["keys"]) / context.counts[0]).float()
         surrogate = (image_vectors * batch["image_grad"]).sum() + (text_vectors * batch["text_grad"]).sum()
         for parameter, grad in zip(_scale(clip), self._scale_grads, strict=True):
             surrogate = surrogate + share * (parameter * grad).sum()
-        return surrogate, {name: value * share for name, value in self._global.items()}
+        metrics = {name: value * share for name, value in self._global.items()}
+        if clip.captioner is not None:
+            caption_nll = clip.caption_nll(places, batch["text"]).sum() / context.counts[1].float()
+            weighted = clip.config.caption_weight * caption_nll
+            surrogate = surrogate + weighted
+            metrics |= {"contrast": metrics["loss"], "caption_nll": caption_nll.detach()}
+            metrics["loss"] = metrics["loss"] + weighted.detach()
+        return surrogate, metrics
 
-    def _vectors(self, clip: CLIP, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _vectors(self, clip: CLIP, batch: Batch, places: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vectors of the pictures (B, E) and of each one's caption and hard negatives (B, 1 + K, E)."""
         ids = _with_negatives(batch, "text", "negatives")  # (B, 1 + K, T)
-        image_vectors, text_vectors = clip(self._images(batch), ids.flatten(0, 1))
-        return image_vectors, text_vectors.unflatten(0, ids.shape[:2])
+        text_vectors = clip.encode_text(ids.flatten(0, 1))
+        return clip.pool(places), text_vectors.view(*ids.shape[:2], -1)
 
     def _images(self, batch: Batch) -> Tensor:
         """Pictures (B, 3, S, S), some decoded from their ids, moved by up to max_shift pixels."""
@@ -164,7 +173,8 @@ class CLIPTask(BaseTask):
 
     def describe(self, metrics: dict[str, float]) -> str:
         """The loss beside chance."""
-        return f"loss {metrics['loss']:.3f}, finds its caption {metrics['batch_recall']:.0%}"
+        read = f", caption {metrics['caption_nll']:.2f} nats a token" if "caption_nll" in metrics else ""
+        return f"loss {metrics['loss']:.3f}, finds its caption {metrics['batch_recall']:.0%}{read}"
 
 
 def _scale(clip: CLIP) -> list[nn.Parameter]:
@@ -181,6 +191,13 @@ def _with_negatives(batch: Batch, own: str, negatives: str) -> Tensor:
 def _own_first(rows: Tensor) -> Tensor:
     """(B, 1 + K, …) as (B × (1 + K), …), with the own rows of all samples before all negatives."""
     return torch.cat([rows[:, 0], rows[:, 1:].flatten(0, 1)])
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """A batch without the slots that none of its captions and hard negatives needs."""
+    names = [name for name in ("text", "negatives") if name in batch]
+    longest = max(int((batch[name] != PAD).sum(dim=-1).max()) for name in names)
+    return batch | {name: batch[name][..., :longest] for name in names}
 
 
 def caption_key(caption: str) -> int:
