@@ -66,8 +66,9 @@ class Captioner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Draws a caption for each picture, word by word: ids (B, T), padded, and log p(caption | picture) (B,) fp32.
 
-        temperature: 0 always takes the likeliest. A caption that has not ended with the last slot ends there.
-        generator: on the device of the pictures; default the global one. The likelihood is that at temperature 1.
+        temperature: 0 always takes the likeliest. No caption is empty, and one that has not ended with the last slot
+        ends there. generator: on the device of the pictures; default the global one. The likelihood is that at
+        temperature 1.
         """
         batch, device = len(places), places.device
         ids = torch.full((batch, self.text_length), PAD, device=device)
@@ -75,7 +76,8 @@ class Captioner(nn.Module):
         total, is_over = torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
         for slot in range(1, self.text_length):
             log_probs = self(places, ids[:, :slot])[:, -1].float().log_softmax(dim=1)
-            words = log_probs.index_fill(1, torch.tensor(_NO_WORDS, device=device), -torch.inf)
+            refused = [*_NO_WORDS, EOS] if slot == 1 and self.text_length > 2 else [*_NO_WORDS]
+            words = log_probs.index_fill(1, torch.tensor(refused, device=device), -torch.inf)
             if slot == self.text_length - 1:
                 chosen = torch.full_like(ids[:, 0], EOS)
             elif temperature == 0:

@@ -190,12 +190,12 @@ class CLIPConfig(Section):
     stem_width: Positive = 64
     """Channels of the image tower's convolutional stem."""
     width: Positive = 192
-    """Width of both towers' transformers."""
+    """Width of both towers' transformers and of the captioner's."""
     heads: Positive = 4
     image_layers: Positive = 3
     text_layers: Positive = 3
     token_shift: bool = True
-    """Each layer of the text tower mixes every token with the one before it."""
+    """Each layer of the text tower and of the captioner mixes every token with the one before it."""
     loss: Literal["siglip", "infonce"] = "infonce"
     hard_negatives: Annotated[int, Field(ge=0, le=8)] = 0
     """Captions changed in a word or two that each training picture is compared with besides those of the batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -60,8 +60,8 @@ class PromptDrawer:
     ) -> Self:
         """Loads a built-in checkpoint, a folder or a Hugging Face Hub id; ValueError says what is wrong with it.
 
-        clip: a pretrained CLIP or SigLIP that ranks instead of the checkpoint's own, a folder or a Hub id; see
-        `PretrainedCLIP`.
+        clip: a pretrained CLIP or SigLIP whose cosine ranks instead of that of the checkpoint's own, a folder or a Hub
+        id; see `PretrainedCLIP`. A captioner of the checkpoint's goes on reading.
         """
         return cls(load_bundle(name, device), None if clip is None else PretrainedCLIP.load(clip, device))
 
@@ -77,8 +77,7 @@ class PromptDrawer:
         captioner or else by its DALL·E, and, with a small weight, the picture's own, given the prompt. None is wrong
         where the others are.
         """
-        reader = self.captioning_clip or self.dalle.reading
-        has = {"clip_score": self.embedder, "read_score": reader, "log_likelihood": self.dalle}
+        has = {"clip_score": self.embedder, "read_score": self.reader, "log_likelihood": self.dalle}
         return " + ".join(name for name, part in has.items() if part is not None)
 
     def settings(self, **changes: Any) -> SamplingConfig:
@@ -343,6 +342,13 @@ class PromptDrawer:
         return scores
 
     @property
+    def reader(self) -> Literal["captioner", "dalle"] | None:
+        """What reads captions off pictures: the captioner of the checkpoint's CLIP, or else its DALL·E."""
+        if self.captioning_clip is not None:
+            return "captioner"
+        return None if self.dalle.reading is None else "dalle"
+
+    @property
     def captioning_clip(self) -> CLIP | None:
         """The checkpoint's own CLIP where it has a captioner, whatever CLIP ranks beside it."""
         clip = self.bundle.clip
@@ -352,7 +358,7 @@ class PromptDrawer:
     def _read_scores(self, images: Tensor, ids: Tensor, text_ids: Tensor) -> list[float] | list[None]:
         """log p(caption | picture) of pictures (n, 3, S, S) in [0, 1], or of their ids (n, N), by what reads best."""
         device, clip = self.dalle.image_head.weight.device, self.captioning_clip
-        if clip is None and self.dalle.reading is None:
+        if self.reader is None:
             return [None] * len(ids)
         if clip is not None:
             found = clip.caption_log_likelihood(images.to(device), text_ids.to(device))

@@ -187,7 +187,8 @@ class TextToImage(PromptDrawer):
     def score(self, pictures: Tensor | Sequence[Image.Image], captions: Sequence[str]) -> list[CaptionScores]:
         """Scores captions[i] for picture i, of (n, 3, S, S) in [0, 1] or of any PIL images, by all that there is.
 
-        The likelihoods are of the picture as its tokens tell it. Raises ValueError unless there are as many captions.
+        DALL·E's likelihoods are of the picture as its tokens tell it. Raises ValueError unless there are as many
+        captions.
         """
         if len(pictures) != len(captions):
             raise ValueError(f"{len(pictures)} pictures came with {len(captions)} captions: give as many")

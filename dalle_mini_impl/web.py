@@ -99,6 +99,13 @@ class Page:
         shares = classifier.probabilities([_checked(read_picture, Path(picture))])[0].tolist()
         return dict(zip(names, shares, strict=True))
 
+    def caption(self, picture: str | None, candidates: float) -> list[list[str]]:
+        """Captions for a picture with their scores, best first."""
+        if not picture:
+            raise gr.Error("load a picture first", print_exception=False)
+        found = _checked(self.model.caption, _checked(read_picture, Path(picture)), int(candidates))
+        return [[item.caption, f"{item.score:.2f}"] for item in found]
+
     def search(self, text: str, like: str | None, top: float) -> Shown:
         """The pictures of the index that are nearest to a text, a picture, or both."""
         if not text.strip() and not like:
@@ -156,6 +163,14 @@ def build_page(
                 answer = gr.Label(label="What CLIP says")
                 gr.Button("Classify", variant="primary").click(
                     page.classify, [picture, labels], answer, api_name="classify"
+                )
+        if model.captioning_clip is not None:
+            with gr.Tab("Caption"):
+                seen = gr.Image(type="filepath", label="Picture", height=256)
+                number = gr.Slider(1, 32, 8, step=1, label="Captions to write")
+                captions = gr.Dataframe(headers=["caption", "score"], label="Captions, best first", interactive=False)
+                gr.Button("Caption", variant="primary").click(
+                    page.caption, [seen, number], captions, api_name="caption"
                 )
         if index is not None:
             with gr.Tab(f"Search {len(index.entries)} pictures"):

@@ -51,7 +51,7 @@ def test_a_captioner_reads_instead_of_dalle() -> None:
         readings = bundle.clip.caption_log_likelihood(pictures, text)
     for item, reading in zip(model.score(pictures, CAPTIONS), readings, strict=True):
         assert item.read_score == pytest.approx(reading.item(), rel=1e-5)
-    assert model.ranked_by == "clip_score + read_score + log_likelihood"
+    assert model.ranked_by == "clip_score + read_score + log_likelihood" and model.reader == "captioner"
     drawn = model(CAPTIONS[0], candidates=2, keep=2)[0]
     seen = model.decode(drawn.tokens[None])
     with torch.no_grad():
@@ -74,6 +74,10 @@ def test_captions_are_written_and_ranked(tmp_path: Path, capsys: pytest.CaptureF
     assert not stopped.value.code
     lines = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert [line["caption"] for line in lines] == [item.caption for item in written[:2]]
+    assert all(line["caption"] for line in lines)
+    with pytest.raises(SystemExit) as stopped:
+        main(["caption", str(tmp_path / "noise.png"), *options[:4], "--keep", "6"])
+    assert stopped.value.code == 2
     assert written[0].caption in capsys.readouterr().out
 
 
@@ -92,5 +96,5 @@ def test_the_true_caption_of_a_drawn_picture_comes_first(tmp_path: Path, capsys:
     lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [line["caption"] for line in lines] == ["a red heart", "a green apple"]
     assert lines[0]["clip_score"] > lines[1]["clip_score"] and lines[0]["log_likelihood"] > lines[1]["log_likelihood"]
-    assert lines[0]["read_score"] is None, "the shipped checkpoint hasn't learned to read"
+    assert lines[0]["read_score"] > lines[1]["read_score"] + 5, "nats of the caption, read from the picture"
     assert "'a red heart': score " in capsys.readouterr().out

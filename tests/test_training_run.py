@@ -218,10 +218,21 @@ def test_a_checkpoint_gains_a_captioner_by_fine_tuning(finished: Path, tmp_path:
         assert torch.allclose(after.clip.state_dict()[name], value, atol=1e-6), name
     assert {"caption_nll", "contrast"} <= lines(tmp_path / "reads", "clip")[-2].keys()
     assert "caption_nll" in lines(tmp_path / "reads", "clip")[-1]
+    # What is known of the others is kept, with the data that they were measured on; they were trained in another run.
+    known, measured = before.metadata["metrics"], after.metadata["metrics"]
+    assert set(measured) == set(known)
+    for stage in ("vae", "dalle"):
+        assert measured[stage] == {"data_fingerprint": before.metadata["data_fingerprint"], **known[stage]}
+    assert "data_fingerprint" not in measured["clip"]
     # Where another stage alone is trained, CLIP stays as it is, whatever the recipe would have of a new one.
     assert train(recipe(*still), DATA, tmp_path / "without", stages=["dalle"], init_from=str(finished))
     without = load_bundle(tmp_path / "without")
     assert without.clip is not None and without.clip.captioner is None
+    # The folder that has gained one goes on with its other stages, and one that has not may gain it later.
+    for out, stages, layers in ((tmp_path / "reads", ["dalle"], 1), (tmp_path / "without", ["clip"], 1)):
+        assert train(recipe(*still), DATA, out, stages=stages, init_from=str(finished))
+        clip = load_bundle(out).clip
+        assert clip is not None and clip.config.caption_layers == layers
     assert train(
         recipe("clip.caption_layers=0"), DATA, tmp_path / "no", stages=["clip"], init_from=str(tmp_path / "reads")
     )

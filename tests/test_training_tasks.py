@@ -19,7 +19,7 @@ from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, split_batch
 from dalle_mini_impl.training.task import EvaluationContext, StepContext, Task
-from dalle_mini_impl.training.tasks.clip import CLIPTask, shift_images
+from dalle_mini_impl.training.tasks.clip import CLIPTask, _trimmed, shift_images
 from dalle_mini_impl.training.tasks.dalle import DALLETask
 from dalle_mini_impl.training.tasks.vae import VAETask
 from tests.tiny import TINY_CAPTIONS, tiny_bundle
@@ -147,6 +147,24 @@ def test_batches_are_functions_of_their_place_alone(make: Callable[[], Any]) -> 
     parts = [task.batch(order.items(half), half) for half in halves]
     whole = batch_of(task, step=3)
     assert all(torch.equal(torch.cat([part[name] for part in parts]), whole[name]) for name in whole)
+
+
+def test_clip_reads_no_slot_that_nobody_needs() -> None:
+    task = clip_task("clip.caption_layers=1", "clip.hard_negatives=1")
+    captions, changed = ["red", "star"], ["a red circle", "a blue star"]
+    model, length = task.model.eval(), task.text_length
+    text, negatives = (task.tokenizer.batch(rows, length)[0] for rows in (captions, changed))
+    longest = int((negatives != PAD).sum(dim=1).max())
+    assert int((text != PAD).sum(dim=1).max()) < longest < length
+    batch = {"text": text, "negatives": negatives[:, None]}
+    trimmed = _trimmed(batch)
+    assert trimmed["text"].shape == (2, longest) and trimmed["negatives"].shape == (2, 1, longest)
+    losses = []
+    for part in (batch, trimmed):
+        images, keys = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+        with torch.no_grad():
+            losses.append(model.loss(images, part["text"], keys[:2], part["negatives"][:, 0], keys[2:])[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_captions_are_dropped_at_the_rate_the_recipe_says() -> None:

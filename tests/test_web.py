@@ -23,7 +23,7 @@ SAMPLER = (3.0, 1.0, 0.95)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("web") / "tiny")
+    return tiny_checkpoint(tmp_path_factory.mktemp("web") / "tiny", "clip.caption_layers=1")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,8 @@ def test_bad_input_is_said_in_words(model: TextToImage, checkpoint: Path, tmp_pa
         next(page.vary(str(text), PROMPT, 0.5, 2, 1, 0))
     with pytest.raises(gr.Error, match="load a picture first"):
         page.classify(None, "a, b")
+    with pytest.raises(gr.Error, match="load a picture first"):
+        page.caption(None, 4)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (20, 20), "red").save(picture)
     with pytest.raises(gr.Error, match="at least two"):
@@ -98,6 +100,9 @@ def test_the_page_answers_over_http(model: TextToImage, checkpoint: Path, tmp_pa
         red = handle_file(str(folder / "red.png"))
         answer = client.predict(red, "a red circle\na blue square", api_name="/classify")
         assert {item["label"] for item in answer["confidences"]} == {"a red circle", "a blue square"}
+        written = client.predict(red, 4, api_name="/caption")["data"]
+        called = model.caption(Image.open(folder / "red.png"), 4)
+        assert written == [[item.caption, f"{item.score:.2f}"] for item in called]
         found = client.predict("", red, 3, api_name="/search")
         assert found[0]["caption"] == "1.000 red.png" and len(found) == 3
     finally:

@@ -30,7 +30,7 @@ VERBS = {
     "caption": "Write captions for pictures.",
     "index": "Embed a folder's pictures, so that they can be searched.",
     "search": "Find pictures of an index by what they show.",
-    "web": "Serve a page to draw, watch, vary, classify and search.",
+    "web": "Serve a page to draw, watch, vary, classify, caption and search.",
     "replay": "Draw a picture again from the settings inside its file.",
     "evaluate": "Measure a checkpoint on made scenes, claim by claim.",
     "reconstruct": "Measure and show what a VAE gives back of held-out pictures, beside another's.",

@@ -23,9 +23,11 @@ def caption(
     """
     from dalle_mini_impl.cli.pictures import find_pictures, read_pictures
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.drawn import check_counts
     from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.pipeline import TextToImage
 
+    check_counts(candidates, keep)
     model = TextToImage.from_pretrained(checkpoint, process_state().device)
     rows: list[dict[str, Any]] = []
     read: list[Path] = []

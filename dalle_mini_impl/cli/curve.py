@@ -65,6 +65,7 @@ def draw_curve(
         "recipe": model.bundle.recipe.name,
         "checkpoint_hash": model.bundle.checkpoint_hash,
         "clip": None if model.embedder is None else model.embedder.name,
+        "reader": model.reader,
         "prompts_from": prompts_from,
         "num_prompts": len(prompts),
         "candidates": candidates,

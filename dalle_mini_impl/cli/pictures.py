@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dalle_mini_impl.embed import Embedder
 
 READ_AT_ONCE = 64
-CLIP_HELP = "A pretrained CLIP or SigLIP instead of the checkpoint's: a Hub id or a folder."
+CLIP_HELP = "A pretrained CLIP or SigLIP whose cosine stands for that of the checkpoint's: a Hub id or a folder."
 
 
 def load_embedder(checkpoint: str, clip: str | None, device: torch.device) -> Embedder:

@@ -76,6 +76,7 @@ def clip_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> li
     """Loss beside ln B and recall beside chance; and how captions are read, where they are."""
     chance = stage.last("loss_chance")
     has_captioner = bool(stage.curve("caption_nll")[0])
+    loss = "contrast" if has_captioner else "loss"
     of_infonce = record.recipe.clip.loss == "infonce"
     levels = [Level("chance, ln B", chance)] if chance is not None and of_infonce else []
     recall = stage.last("chance_recall_at_1")
@@ -87,8 +88,8 @@ def clip_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> li
             "ln B. Validation batches may be smaller than training's, and so easier.",
             line_chart(
                 [
-                    _line(stage, "training", "contrast" if has_captioner else "loss", part="training"),
-                    _line(stage, "validation", "loss", 1),
+                    _line(stage, "training", loss, part="training"),
+                    _line(stage, "validation", loss, 1),
                 ],
                 levels=levels,
                 x_label=STEPS,

@@ -76,8 +76,8 @@ def retrieve(
 ) -> dict[str, float]:
     """Loss beside ln B, and recall@1 and @5 in both directions over pairs with different captions, beside chance.
 
-    With a captioner also its nats a token. vae: where given, decodes of the pictures are judged as well, as reranking
-    will.
+    With a captioner the loss has its nats a token in it, and both parts are there, too. vae: where given, decodes of
+    the pictures are judged as well, as reranking will.
     """
     pairs = _distinct(data, indices)
     own = share(pairs, context)
@@ -102,7 +102,8 @@ def retrieve(
         metrics["decoded_to_text_recall_at_1"] = _recall(decodes @ texts.t(), 1)
     if clip.captioner is not None:
         nats, tokens = context.accelerator.reduce(read, "sum").tolist()
-        metrics["caption_nll"] = nats / tokens
+        metrics |= {"contrast": metrics["loss"], "caption_nll": nats / tokens}
+        metrics["loss"] += clip.config.caption_weight * metrics["caption_nll"]
     return metrics
 
 

@@ -80,8 +80,8 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] =
 
     Model sections whose model the checkpoint hasn't got stay the recipe's. So do an image_prefix and a reading_share
     that its DALL·E hasn't got, and a captioner that its CLIP hasn't got: fine-tuning can add them. A reading_share and
-    caption_layers that the recipe itself states are its own in any case: 0 ends reading. All that only where the model
-    is trained: stages are those to train. What is taken over against the recipe's word is logged.
+    caption_layers that the recipe itself states are its own in any case: 0 ends reading. A CLIP that isn't among the
+    stages, those of the run so far, stays what it is. What is taken over against the recipe's word is logged.
     """
     theirs = bundle.recipe
     sections: dict[str, Any] = {}
@@ -90,8 +90,9 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] =
             taken = {key: getattr(getattr(theirs, section), key) for key in keys}
             ours = getattr(recipe, section)
             stated = ours.model_fields_set & _ENDED.get(section, frozenset())
-            changeable = _ADDED.get(section, frozenset()) if section in stages else frozenset()
-            own = [key for key in changeable if taken[key] == 0 or key in stated]
+            own = [key for key in _ADDED.get(section, ()) if taken[key] == 0 or key in stated]
+            if section == "clip" and "clip" not in stages:
+                own = []
             sections[section] = ours.model_copy(update=taken | {key: getattr(ours, key) for key in own})
     adopted = recipe.model_copy(update=sections)
     for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():

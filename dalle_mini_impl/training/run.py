@@ -52,6 +52,11 @@ _TRAINS: dict[Stage, Stage] = {"vqgan": "vae", "distill": "dalle"}
 """Stages that train another one's model further."""
 
 
+def _has_model(bundle: Bundle, stage: Stage) -> bool:
+    """Whether a checkpoint has the model that a stage trains."""
+    return getattr(bundle, _TRAINS.get(stage, stage)) is not None
+
+
 def train(
     recipe: Recipe,
     data_spec: str,
@@ -81,7 +86,7 @@ def train(
         try:
             wanted = asked_for(recipe) if stages is None else stages
             run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop, wanted, reasons)
-            todo = run.unfinished(wanted, resume)
+            todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
             run.begin(Budget(budget_sec, already_sec=already_sec), resume)
             if todo:
                 run.start_tracking(track, todo[0])
@@ -127,7 +132,8 @@ class Run:
         self._initial: Bundle | None = None
         if self._init_from is not None:
             self._initial = load_bundle(initial if (initial / "config.json").is_file() else self._init_from)
-            recipe = adopt_architecture(recipe, self._initial, stages)
+            begun = [stage for stage, state in self.states.items() if state.started or state.finished]
+            recipe = adopt_architecture(recipe, self._initial, [*stages, *begun])
         self.recipe = recipe
 
     def unfinished(self, stages: Sequence[Stage], resume: bool) -> list[Stage]:
@@ -224,7 +230,8 @@ class Run:
     def _without_outgrown(self, bundle: Bundle) -> Bundle:
         """A checkpoint under this run's recipe, without the models that the recipe gives another part."""
         ours, theirs = self.recipe, bundle.recipe
-        bundle = replace(bundle, recipe=ours)
+        stream = replace(bundle.stream, image_prefix=ours.dalle.image_prefix)
+        bundle = replace(bundle, recipe=ours, stream=stream)
         prefix_differs = ours.dalle.image_prefix != theirs.dalle.image_prefix
         if prefix_differs or bool(ours.dalle.reading_share) != bool(theirs.dalle.reading_share):
             logger.info("its DALL·E is left out until stage dalle has trained it with another prefix or reading")
@@ -255,7 +262,16 @@ class Run:
             "num_captions": len(captions),
             "num_captions_cut": num_cut,
         }
-        return replace(bundle, metadata={"data_fingerprint": self.data.fingerprint, "metrics": {}, "text": text})
+        metadata = {"data_fingerprint": self.data.fingerprint, "metrics": self._metrics_before(bundle), "text": text}
+        return replace(bundle, metadata=metadata)
+
+    def _metrics_before(self, bundle: Bundle) -> dict[str, Any]:
+        """Metrics of models that the first bundle has of --init-from, each with the data that it was measured on."""
+        if self._initial is None:
+            return {}
+        known = self._initial.metadata.get("metrics", {})
+        source = {"data_fingerprint": self._initial.metadata.get("data_fingerprint")}
+        return {stage: {**source, **facts} for stage, facts in known.items() if _has_model(bundle, stage)}
 
     def _tasks(self) -> TaskBuilder:
         return TaskBuilder(
@@ -319,9 +335,9 @@ class Run:
     def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any], remaining: Sequence[Stage]) -> None:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
-        if stage == "dalle":
-            metrics.pop("distill", None)  # it was of another
-        metadata = {**self.bundle.metadata, "metrics": metrics}
+        for later, name in _TRAINS.items():
+            if stage == name:
+                metrics.pop(later, None)  # it was of another
         models: dict[str, Any] = {_TRAINS.get(stage, stage): model}
         for name in (name for name in outdated_by(stage, self.recipe) if getattr(self.bundle, name) is not None):
             models[name] = None
@@ -333,8 +349,10 @@ class Run:
                     _TRAINS.get(stage, stage),
                     name,
                 )
+        bundle = replace(self.bundle, **models)
+        metrics = {name: facts for name, facts in metrics.items() if _has_model(bundle, name)}
         recipe = unguided(self.recipe) if "distill" in metrics else self.recipe
-        self.bundle = replace(self.bundle, **models, recipe=recipe, metadata=metadata)
+        self.bundle = replace(bundle, recipe=recipe, metadata={**bundle.metadata, "metrics": metrics})
         if self.is_main:
             save_bundle(self.bundle, self.out / "checkpoint")
             self.states[stage].finish(summary)
