@@ -17,6 +17,7 @@ from dalle_mini_impl.config import CLIPConfig
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.recompute import recomputed
+from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.stream import BOS, EOS, NULL, PAD, UNK
 
 _NO_WORDS = (PAD, BOS, UNK, NULL)
@@ -61,29 +62,27 @@ class Captioner(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), text_ids[:, 1:], ignore_index=PAD, reduction="none")
 
     @torch.no_grad()
-    def write(
-        self, places: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def write(self, places: Tensor, temperature: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Draws a caption for each picture, word by word: ids (B, T), padded, and log p(caption | picture) (B,) fp32.
 
-        temperature: 0 always takes the likeliest. No caption is empty, and one that has not ended with the last slot
-        ends there. generator: on the device of the pictures; default the global one. The likelihood is that at
-        temperature 1.
+        temperature: 0 always takes the likeliest word. seed: of the noise, which belongs to a row and a slot, so that
+        row i is drawn alike in a batch of any size. No caption is empty, and one that has not ended with the last slot
+        ends there. The likelihood is that at temperature 1.
         """
         batch, device = len(places), places.device
         ids = torch.full((batch, self.text_length), PAD, device=device)
         ids[:, 0] = BOS
         total, is_over = torch.zeros(batch, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
+        rows = torch.arange(batch, device=device)
+        keys = torch.full_like(rows, noise_key(seed, "", "caption"))
         for slot in range(1, self.text_length):
             log_probs = self(places, ids[:, :slot])[:, -1].float().log_softmax(dim=1)
             refused = [*_NO_WORDS, EOS] if slot == 1 and self.text_length > 2 else [*_NO_WORDS]
             words = log_probs.index_fill(1, torch.tensor(refused, device=device), -torch.inf)
-            if slot == self.text_length - 1:
-                chosen = torch.full_like(ids[:, 0], EOS)
-            elif temperature == 0:
-                chosen = words.argmax(dim=1)
-            else:
-                chosen = torch.multinomial((words / temperature).softmax(dim=1), 1, generator=generator)[:, 0]
+            if temperature > 0:
+                noise = gumbel_noise(keys, rows, torch.tensor([slot], device=device), words.shape[1])[:, 0]
+                words = words / temperature + noise
+            chosen = words.argmax(dim=1) if slot < self.text_length - 1 else torch.full_like(rows, EOS)
             total += torch.where(is_over, 0.0, log_probs.gather(1, chosen[:, None])[:, 0])
             ids[:, slot] = torch.where(is_over, PAD, chosen)
             is_over |= chosen == EOS

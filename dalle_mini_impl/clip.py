@@ -175,16 +175,12 @@ class CLIP(nn.Module):
         """-log p of each token after the first of captions (B, T), given their pictures' `places`: (B, T - 1), nats."""
         return self._captioner().nll(places, text_ids)
 
-    def write_captions(
-        self, images: Tensor, temperature: float = 0.0, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Captions (B, T) drawn for pictures (B, 3, S, S) in [0, 1], and their log p(caption | picture), (B,).
+    def write_captions(self, places: Tensor, temperature: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Captions (B, T) drawn for pictures by their `places`, and their log p(caption | picture), (B,).
 
-        temperature: 0 takes the likeliest word each time. Raises ValueError for a model without a captioner.
+        temperature, seed: see `Captioner.write`. Raises ValueError for a model without a captioner.
         """
-        captioner = self._captioner()
-        with torch.no_grad():
-            return captioner.write(self.places(images), temperature, generator)
+        return self._captioner().write(places, temperature, seed)
 
     def _captioner(self) -> Captioner:
         if self.captioner is None:

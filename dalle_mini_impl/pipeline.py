@@ -223,11 +223,9 @@ class TextToImage(PromptDrawer):
             )
         if candidates < 1:
             raise ValueError(f"candidates is {candidates}; write at least 1")
-        device = clip.logit_scale.device
-        image = self._pixels_of([picture]).to(device)
-        written = [clip.write_captions(image)[0]]
+        places = clip.places(self._pixels_of([picture]).to(clip.logit_scale.device))
+        written = [clip.write_captions(places)[0]]
         if candidates > 1:
-            generator = torch.Generator(device).manual_seed(seed)
-            written.append(clip.write_captions(image.expand(candidates - 1, -1, -1, -1), 1.0, generator)[0])
+            written.append(clip.write_captions(places.expand(candidates - 1, -1, -1), 1.0, seed)[0])
         captions = list(dict.fromkeys(self.bundle.tokenizer.decode(ids) for ids in torch.cat(written).tolist()))
         return sorted(self.score([picture] * len(captions), captions), key=lambda item: -item.score)

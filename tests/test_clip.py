@@ -251,15 +251,16 @@ def test_reading_depends_on_the_picture_and_on_no_padding() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_written_captions_have_the_likelihood_that_reading_gives_them(temperature: float) -> None:
     clip, images = _reader(), _images(16)
-    texts, likelihoods = clip.write_captions(images, temperature, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        places = clip.places(images)
+        texts, likelihoods = clip.write_captions(places, temperature, seed=3)
+        assert torch.allclose(clip.caption_log_likelihood(images, texts), likelihoods, rtol=1e-4, atol=1e-4)
+        assert torch.equal(clip.write_captions(places[:5], temperature, seed=3)[0], texts[:5]), "as in any other batch"
+        assert torch.equal(clip.write_captions(places, temperature, seed=4)[0], texts) == (temperature == 0)
     assert texts.shape == (16, LENGTH) and bool((texts[:, 0] == BOS).all())
     for row in texts.tolist():
         end = row.index(EOS)
-        assert set(row[end + 1 :]) <= {PAD} and EOS not in row[:end]
-    with torch.no_grad():
-        assert torch.allclose(clip.caption_log_likelihood(images, texts), likelihoods, rtol=1e-4, atol=1e-4)
-    again = clip.write_captions(images, temperature, torch.Generator().manual_seed(0))[0]
-    assert torch.equal(texts, again)
+        assert end > 1 and set(row[end + 1 :]) <= {PAD} and not {PAD, BOS, EOS, NULL} & set(row[1:end])
 
 
 def test_a_captioner_adds_its_nats_to_the_loss() -> None:
