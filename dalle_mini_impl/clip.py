@@ -48,10 +48,6 @@ class ImageTower(nn.Module):
         self.project = nn.Linear(config.width, config.embed_dim, bias=False)
         self.recomputes = False
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) in [0, 1] to vectors (B, E)."""
-        return self.pool(self.features(images)[-1])
-
     def pool(self, places: Tensor) -> Tensor:
         """The last features (B, L, width) to vectors (B, E)."""
         out: Tensor = self.project(self.norm(places).mean(dim=1))

@@ -40,12 +40,12 @@ class TextToImage(PromptDrawer):
     @torch.no_grad()
     def _encode(self, pictures: Tensor | Sequence[Image.Image]) -> Tensor:
         """Image ids (n, N) of pictures (n, 3, S, S) in [0, 1], or of any PIL images."""
-        if not isinstance(pictures, Tensor):
-            pictures = self._pixels_of(pictures)
-        return self.vae.encode(pictures.to(next(self.vae.parameters()).device))
+        return self.vae.encode(self._pixels_of(pictures).to(next(self.vae.parameters()).device))
 
-    def _pixels_of(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Any PIL images as the models see them, (n, 3, S, S) in [0, 1]."""
+    def _pixels_of(self, pictures: Tensor | Sequence[Image.Image]) -> Tensor:
+        """Any PIL images as the models see them, (n, 3, S, S) in [0, 1]; a tensor is that already."""
+        if isinstance(pictures, Tensor):
+            return pictures
         data = self.bundle.recipe.data
         squares = [to_square(to_rgb(picture), data.image_size, data.fit) for picture in pictures]
         return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
@@ -198,7 +198,7 @@ class TextToImage(PromptDrawer):
         for first in range(0, len(captions), DECODE_BATCH):
             part = slice(first, first + DECODE_BATCH)
             given, text = pictures[part], text_ids[part].to(device)
-            images = given if isinstance(given, Tensor) else self._pixels_of(given)
+            images = self._pixels_of(given)
             ids = self._encode(images)
             clip = self._clip_scores(given, captions[part])
             read = self._read_scores(images, ids, text)

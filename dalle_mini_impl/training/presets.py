@@ -76,6 +76,7 @@ def choose(data: Survey, hardware: Hardware, budget_sec: float | None = None) ->
     _codes(choice, size, hardware)
     _regularization(choice, data, size, hardware)
     (_cpu_models if hardware.kind == "cpu" else _gpu_models)(choice, size, hardware, budget_sec)
+    choice.set("CLIP reads captions word by word, too: it ranks far better by that", clip__caption_layers=2)
     _batches(choice, data, size, hardware)
     return choice
 
@@ -150,7 +151,6 @@ def _cpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float
     # CLIP: with a stem of 64 channels and Muon's rate at 0.01 it names 92 % of single shapes right after two minutes.
     choice.set("", clip__embed_dim=128, clip__width=128, clip__stem_width=64, clip__image_layers=2)
     choice.set("", clip__text_layers=2, train__clip__muon_learning_rate=0.01)
-    choice.set("CLIP reads captions word by word, too: it ranks far better by that", clip__caption_layers=2)
     for stage, share in (("vae", 0.25), ("clip", 0.14), ("dalle", 0.61)):
         choice.set("", **{f"train__{stage}__budget_share": share})
 
@@ -172,7 +172,6 @@ def _gpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float
         dalle__ffn="swiglu",
         dalle__ffn_multiple=2.67,
     )
-    choice.set("CLIP reads captions word by word, too: it ranks far better by that", clip__caption_layers=2)
     if size != SMALL:
         choice.set("", clip__width=256, clip__image_layers=4, clip__text_layers=4)
     if dim >= 512:

@@ -71,7 +71,7 @@ _ADDED: dict[str, frozenset[str]] = {
     "dalle": frozenset({"image_prefix", "reading_share"}),
 }
 """Keys that are 0 where a model hasn't got a part, which fine-tuning can add."""
-_ENDED: dict[str, frozenset[str]] = {"clip": frozenset({"caption_layers"}), "dalle": frozenset({"reading_share"})}
+_ENDED = frozenset({"caption_layers", "reading_share"})
 """Those of them whose part fine-tuning can leave out, where the recipe itself says 0."""
 
 
@@ -89,11 +89,10 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] =
         if section not in (*STAGES, *OPTIONAL_STAGES) or getattr(bundle, section) is not None:
             taken = {key: getattr(getattr(theirs, section), key) for key in keys}
             ours = getattr(recipe, section)
-            stated = ours.model_fields_set & _ENDED.get(section, frozenset())
-            own = [key for key in _ADDED.get(section, ()) if taken[key] == 0 or key in stated]
-            if section == "clip" and "clip" not in stages:
-                own = []
-            sections[section] = ours.model_copy(update=taken | {key: getattr(ours, key) for key in own})
+            stated = ours.model_fields_set & _ENDED
+            stays = section == "clip" and "clip" not in stages
+            gains = [key for key in _ADDED.get(section, ()) if not stays and (taken[key] == 0 or key in stated)]
+            sections[section] = ours.model_copy(update=taken | {key: getattr(ours, key) for key in gains})
     adopted = recipe.model_copy(update=sections)
     for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():
         logger.info("%s = %s is the checkpoint's (the recipe says %s)", key, adopted_value, own)
