@@ -24,6 +24,7 @@ further."""
 View = Literal["plain", "flip"]
 Augmentation = Literal["colour", "translation", "cutout"]
 AttentionPattern = Literal["full", "row", "column", "conv"]
+AheadCell = Literal["right", "below"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -235,6 +236,11 @@ class DALLEConfig(Section):
     """Each layer mixes every token with the one before it; words learn of their neighbours at once."""
     above_embedding: bool = False
     """Each token is also told the code above the cell that it predicts, as it is the one to its left."""
+    look_ahead: tuple[AheadCell, ...] = ()
+    """Cells besides the next one that each token also predicts in training: "right", the one after the next, "below",
+    the one under the next. It has captions learned sooner; checkpoints and drawing stay as they are."""
+    look_ahead_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of each of them beside the next one's 1."""
     dropout: Share = 0.0
     token_corruption: Share = 0.02
     """Share of image input ids replaced by random ones in training."""
@@ -252,6 +258,12 @@ class DALLEConfig(Section):
     """Share of picture embeddings dropped in training, where image_prefix asks for them."""
     text_loss_weight: Share = 0.125
     """Weight of the text loss; the image loss has the rest."""
+
+    @model_validator(mode="after")
+    def _looks_once(self) -> Self:
+        if len(set(self.look_ahead)) < len(self.look_ahead):
+            raise ValueError(f"dalle.look_ahead is {list(self.look_ahead)}: name each cell once")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.layers.look_ahead import LookAhead
 from dalle_mini_impl.layers.masks import stream_mask
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.prefix import ImagePrefix
@@ -29,7 +30,8 @@ class DALLELosses:
     """Summed negative log-likelihoods in nats and the numbers of tokens behind them, all 0-d tensors.
 
     Sums, not means, so that the loss of a global batch doesn't depend on how it was cut up. text and image are of
-    pictures that are drawn, read of captions that are read from theirs.
+    pictures that are drawn, read of captions that are read from theirs. ahead is that of the cells further on that a
+    model in training predicts (see `LookAhead`), for the image tokens' number; 0 where it predicts none.
     """
 
     text_nll_sum: Tensor
@@ -38,6 +40,7 @@ class DALLELosses:
     num_image: Tensor
     read_nll_sum: Tensor
     num_read: Tensor
+    ahead_nll_sum: Tensor
 
     def total(self, text_weight: float, num_text: Tensor | float, num_image: Tensor | float) -> Tensor:
         """text_weight × text mean + (1 - text_weight) × image mean, the means over the given global counts."""
@@ -82,6 +85,7 @@ class DALLE(nn.Module):
             )
             for _ in range(config.layers)
         )
+        self.look_ahead: LookAhead | None = None
         self.final_norm = Norm(dim)
         self.text_head = nn.Linear(dim, stream.text_vocab, bias=False)
         self.image_head = nn.Linear(dim, stream.image_vocab, bias=False)
@@ -104,6 +108,11 @@ class DALLE(nn.Module):
     def num_lengths(self) -> int:
         """Numbers of slots that captions may take: 1 where all take as many."""
         return len(range(0, self.stream.text_length, self.stream.slot_step or self.stream.text_length))
+
+    def learn_to_look_ahead(self) -> None:
+        """Has `loss` ask in training for the cells of config.look_ahead, too; those weights are no checkpoint's."""
+        if self.config.look_ahead:
+            self.look_ahead = LookAhead(self.config.dim, self.stream.grid_size, self.config.look_ahead)
 
     def compile_blocks(self) -> None:
         """Has the blocks run compiled in training steps from now on; evaluation and decoding never are.
@@ -222,7 +231,10 @@ class DALLE(nn.Module):
             hidden = self._run(torch.cat(x), rope, is_batch=is_batch)
         targets = self.text_targets(text)
         text_logits = self.text_head(hidden[:num_drawn, start:first])
-        image_logits = self.image_head(hidden[:num_drawn, first:])
+        drawing = hidden[:num_drawn, first : first + ids.shape[1]]
+        image_logits = self.image_head(drawing)
+        look_ahead = self.look_ahead if self.training else None
+        none_ahead = torch.zeros((), device=ids.device)
         read_logits = self.text_head(hidden[num_drawn:, start + self.stream.num_image_tokens :])
         return [
             nll_sum(text_logits, targets[:num_drawn], ignore=PAD),
@@ -231,6 +243,7 @@ class DALLE(nn.Module):
             torch.tensor(num_drawn * ids.shape[1], device=ids.device),
             nll_sum(read_logits, targets[num_drawn:], ignore=PAD),
             (targets[num_drawn:] != PAD).sum(),
+            none_ahead if look_ahead is None else look_ahead(drawing, self.image_head, ids[:num_drawn]),
         ]
 
     def token_log_likelihoods(self, text_ids: Tensor, image_ids: Tensor, embedding: Tensor | None = None) -> Tensor:

@@ -195,6 +195,47 @@ def test_cutting_a_batch_changes_neither_sums_nor_gradients(cuts: list[int]) -> 
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
 
 
+def _looking_ahead() -> DALLE:
+    dalle = DALLE(DALLEConfig.model_validate({**_values, "look_ahead": ["below", "right"]}), STREAM)
+    dalle.learn_to_look_ahead()
+    randomize(dalle)
+    return dalle.train()
+
+
+def test_cells_further_on_are_predicted_by_definition() -> None:
+    dalle, text, images = _looking_ahead(), _captions(), _images()
+    seen: list[Tensor] = []
+    dalle.final_norm.register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+    losses = dalle.loss(text, images)
+    look_ahead = dalle.look_ahead
+    assert look_ahead is not None and losses.image_nll_sum > 0
+    expected = 0.0
+    for cell, offset in (("below", STREAM.grid_size), ("right", 1)):
+        for row in range(5):
+            own = 0.0
+            for index in range(N - offset):
+                output = seen[0][row, STREAM.text_length - 1 + index]  # it predicts cell `index`
+                logits = dalle.image_head(look_ahead.norm(look_ahead.maps[cell](output)))
+                own -= logits.log_softmax(dim=0)[images[row, index + offset]].item()
+            expected += own * N / (N - offset)
+    assert losses.ahead_nll_sum.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_looking_ahead_trains_all_of_the_model_and_nothing_else_changes() -> None:
+    dalle, text, images = _looking_ahead(), _captions(), _images()
+    trained = dalle.loss(text, images)
+    trained.ahead_nll_sum.backward()
+    without = {name for name, p in dalle.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without <= {"text_head.weight"}
+    evaluated = dalle.eval().loss(text, images)
+    assert evaluated.ahead_nll_sum == 0 and trained.image_nll_sum.item() == evaluated.image_nll_sum.item()
+    plain = _dalle()
+    plain.load_state_dict({k: v for k, v in dalle.state_dict().items() if not k.startswith("look_ahead.")})
+    assert plain.loss(text, images).image_nll_sum.item() == evaluated.image_nll_sum.item()
+    plain.learn_to_look_ahead()
+    assert plain.look_ahead is None
+
+
 def test_a_batch_of_null_captions_has_no_text_loss_and_trains_the_null_caption() -> None:
     dalle, images = _dalle(), _images(2)
     losses = dalle.loss(STREAM.null_caption().expand(2, -1), images)

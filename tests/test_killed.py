@@ -22,7 +22,14 @@ def recipe(*overrides: str) -> Recipe:
     """Four steps a stage, an evaluation after every second one; vq starts to quantize at once."""
     settings = ["steps=4", "batch_size=8", "evaluations=2", "warmup_steps=2", "precision=fp32"]
     stages = [f"train.{stage}.{setting}" for stage in ORDER for setting in settings]
-    return tiny_recipe('data.views=["plain", "flip"]', "vae.quantize_after=0", "dalle.dropout=0.1", *stages, *overrides)
+    return tiny_recipe(
+        'data.views=["plain", "flip"]',
+        "vae.quantize_after=0",
+        "dalle.dropout=0.1",
+        'dalle.look_ahead=["below"]',
+        *stages,
+        *overrides,
+    )
 
 
 def facts(out: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from dalle_mini_impl.config import DataConfig
 from dalle_mini_impl.data.checker import check, check_caption, components, read_scene
 from dalle_mini_impl.data.scenes import (
     COLOURS,
@@ -32,6 +34,7 @@ from dalle_mini_impl.data.scenes import (
 )
 from dalle_mini_impl.data.shape_captions import describe, parse_caption
 from dalle_mini_impl.data.shapes import ShapesSource, held_out_prompts, held_out_scenes
+from dalle_mini_impl.data.sources import open_source
 
 
 def scenes(number: int, *, unseen: bool = False) -> list[tuple[Scene, list[str]]]:
@@ -115,6 +118,22 @@ def test_a_larger_count_keeps_the_first_pictures_and_another_seed_none() -> None
     assert all(one.load().tobytes() != two.load().tobytes() for one, two in zip(few, other, strict=True))
     assert [r.split for r in few].count("validation") == 1 and few[19].split == "validation"
     assert few[0].load().size == (64, 64) and all(2 <= len(r.captions) <= 4 for r in many)
+
+
+def test_scenes_can_be_asked_for_by_their_number_of_shapes() -> None:
+    source = ShapesSource(count=600, weights="0/1/3")
+    numbers = Counter(len(source.scene(index)[0].things) for index in range(600))
+    assert numbers[1] == 0 and numbers[2] + numbers[3] == 600 and 400 <= numbers[3] <= 500
+    assert source.describe == "shapes:count=600,seed=0,weights=0/1/3 at 64 pixels"
+    assert ShapesSource(count=600).describe == ShapesSource(count=600, weights="3/4/3").describe
+    opened = open_source("shapes:count=7,weights=0/0/1", DataConfig(image_size=32))
+    assert all(len(parse_caption(caption)) > 3 for record in opened for caption in record.captions)
+
+
+@pytest.mark.parametrize("weights", ["1/2", "a/b/c", "0/0/0", "-1/2/2", "1/nan/1", "inf/1/1", ""])
+def test_weights_that_say_nothing_are_refused_by_name(weights: str) -> None:
+    with pytest.raises(ValueError, match=f"shapes:weights is '{weights}'"):
+        ShapesSource(weights=weights)
 
 
 def blurred(image: Image.Image) -> Image.Image:

@@ -35,7 +35,16 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
     ),
     "clip": frozenset({"reconstructed_share", "hard_negatives", "caption_weight"}),
     "dalle": frozenset(
-        {"dropout", "token_corruption", "caption_dropout", "reading_after", "embedding_dropout", "text_loss_weight"}
+        {
+            "dropout",
+            "token_corruption",
+            "caption_dropout",
+            "reading_after",
+            "embedding_dropout",
+            "text_loss_weight",
+            "look_ahead",
+            "look_ahead_weight",
+        }
     ),
     "prior": frozenset({"dropout", "caption_dropout"}),
     "upscale": frozenset({"factor"}),
@@ -65,6 +74,7 @@ def changed(value: Any, key: str) -> Any:
         "image_column": "picture", "caption_column": "words", "validation_fraction": 0.3, "slot_step": 8,
         "num_dims": 3, "factor": 2,
         "attention": "dalle1", "attention_kernel": 5, "positions": "learned", "reading_share": 0.0,
+        "look_ahead": ["below"],
     }  # fmt: skip
     if key in special:
         return special[key]

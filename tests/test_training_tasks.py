@@ -111,7 +111,14 @@ def reading_task() -> DALLETask:
     return dalle_task("dalle.reading_share=0.25")
 
 
-@pytest.mark.parametrize("make", [vae_task, vq_task, *CLIP_TASKS, dalle_task, reading_task])
+def looking_task(*overrides: str) -> DALLETask:
+    task = dalle_task('dalle.look_ahead=["right", "below"]', *overrides)
+    torch.manual_seed(0)
+    cast(DALLE, task.model).learn_to_look_ahead()
+    return task
+
+
+@pytest.mark.parametrize("make", [vae_task, vq_task, *CLIP_TASKS, dalle_task, reading_task, looking_task])
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_cutting_a_batch_up_changes_neither_loss_nor_gradient(make: Callable[[], Any], micro_batch_size: int) -> None:
     task = make()
@@ -238,6 +245,13 @@ def test_the_dalle_loss_weighs_the_means_of_text_and_image() -> None:
     assert metrics["loss"] == pytest.approx(metrics["text_nll"] / 8 + metrics["image_nll"] * 7 / 8, rel=1e-4)
     not_null = ~(batch["text"] == NULL).all(dim=1)
     assert task.counts(batch).tolist() == [[int((batch["text"][not_null][:, 1:] != PAD).sum()), 12 * 16], [0, 0]]
+
+
+def test_cells_further_on_are_weighed_beside_the_next_one() -> None:
+    task = looking_task("dalle.look_ahead_weight=0.4")
+    metrics, _ = gradients(task, batch_of(task), None)
+    drawn = metrics["image_nll"] + 0.4 * metrics["ahead_nll"]
+    assert metrics["loss"] == pytest.approx(metrics["text_nll"] / 8 + drawn * 7 / 8, rel=1e-4)
 
 
 def test_clip_trains_on_captioned_pictures_and_decodes_its_share() -> None:

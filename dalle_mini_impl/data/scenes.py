@@ -48,6 +48,9 @@ SUPERSAMPLING = 4
 HOLE = 0.55
 """Radius of a ring's hole as a share of its own."""
 
+NUMBER_WEIGHTS = (3.0, 4.0, 3.0)
+"""How often a scene has one, two and three shapes."""
+
 Pair = tuple[str, Shape]
 HELD_OUT_PAIRS: frozenset[Pair] = frozenset(
     (colour, SHAPES[(3 * i + 2) % len(SHAPES)]) for i, colour in enumerate(COLOURS)
@@ -174,12 +177,14 @@ def direction_of(subject: Thing, other: Thing) -> Direction | None:
     return next((way for way in get_args(Direction) if is_beside(subject, way, other, ratio=1.25)), None)
 
 
-def sample_scene(rng: random.Random, *, unseen: bool = False) -> Scene:
+def sample_scene(
+    rng: random.Random, *, unseen: bool = False, weights: tuple[float, float, float] = NUMBER_WEIGHTS
+) -> Scene:
     """Draws a scene: 1 to 3 shapes of different colour-shape pairs that keep clear of each other and of the border.
 
-    unseen: take at least one pair of HELD_OUT_PAIRS; else none.
+    unseen: take at least one pair of HELD_OUT_PAIRS; else none. weights: how often it has 1, 2, 3 shapes.
     """
-    number = rng.choices((1, 2, 3), weights=(3, 4, 3))[0]
+    number = rng.choices((1, 2, 3), weights=weights)[0]
     if unseen:
         first = rng.choice(sorted(HELD_OUT_PAIRS))
         pairs = [first, *rng.sample([pair for pair in ALL_PAIRS if pair != first], number - 1)]

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.files import check_writable, read_json, write_atomically, write_json
 from dalle_mini_impl.pretrained import (
@@ -334,6 +335,8 @@ class Run:
 
     def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any], remaining: Sequence[Stage]) -> None:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
+        if isinstance(model, DALLE):
+            model.look_ahead = None
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
         for later, name in _TRAINS.items():
             if stage == name:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dalle_mini_impl.config import DataConfig, Recipe, Stage
+from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.array_cache import Workers, weights_digest
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
 from dalle_mini_impl.data.prepare import PreparedData, prepare
@@ -36,7 +37,7 @@ from dalle_mini_impl.vae.upsampler import FACTOR
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
 _READING_PARTS = ("reading.", "captioner.")
-_ADDED_PARTS = ("prefix.", *_READING_PARTS)
+_ADDED_PARTS = ("prefix.", "look_ahead.", *_READING_PARTS)
 """What names of weights begin with that fine-tuning can add; those of reading it can leave out, too."""
 Cache = TypeVar("Cache", TokenCache, EmbeddingCache)
 
@@ -88,7 +89,7 @@ class TaskBuilder:
                     "--init-from"
                 )
             return DistillTask(bundle.dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
-        dalle = self._model(stage, lambda: build_dalle(recipe, bundle.stream))
+        dalle = self._model(stage, self._build_learning_dalle)
         return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
 
     def _prior_task(self) -> PriorTask:
@@ -128,6 +129,12 @@ class TaskBuilder:
         large = read_pictures(self.data_spec, config, self.out, "data-large", self.accelerator)
         upscaler = self._model("upscale", lambda: build_upscaler(recipe, vae))
         return UpscaleTask(upscaler, self.data, large, recipe, self.cache(), vae)
+
+    def _build_learning_dalle(self) -> DALLE:
+        """A fresh DALL·E with the weights that it has in training alone."""
+        dalle = build_dalle(self.recipe, self.bundle.stream)
+        dalle.learn_to_look_ahead()
+        return dalle
 
     def _model(self, stage: Stage, build: Callable[[], M]) -> M:
         """The weights to start from: those of --init-from, else fresh ones drawn with the recipe's seed.

@@ -119,7 +119,8 @@ class DALLETask(BaseTask):
         """text_loss_weight × mean over text tokens + the rest × mean over image tokens, both of the global batch.
 
         With a reading_share, once reading_after of the run is over, that share of the loss is the mean over tokens of
-        captions read from their pictures; until then those pictures are drawn as the others are.
+        captions read from their pictures; until then those pictures are drawn as the others are. With look_ahead, the
+        mean over image tokens has look_ahead_weight times that of each cell further on beside it.
         """
         dalle, config = cast(DALLE, model), self.recipe.dalle
         is_reading = config.reading_share > 0 and context.progress >= config.reading_after
@@ -132,6 +133,9 @@ class DALLETask(BaseTask):
         losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], reads, batch.get("embedding"))
         loss = (1 - share) * losses.total(weight, num_text, num_image)
         parts = {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
+        if dalle.look_ahead is not None:
+            parts["ahead_nll"] = losses.ahead_nll_sum / num_image
+            loss = loss + (1 - share) * (1 - weight) * config.look_ahead_weight * parts["ahead_nll"]
         if is_reading:
             parts["read_nll"] = losses.read_nll_sum / num_read
             loss = loss + share * parts["read_nll"]
