@@ -21,6 +21,7 @@ from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.bag_attention import BagCache, can_use_bags
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.packed_linear import PackedLinear
+from dalle_mini_impl.native.trunk import LayerWeights, NativeCache, NativeTrunk, can_run
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,18 @@ class Engine:
 
     dtype: of weights, activations and cache; default that of the model. Logits are float32 in any case: guidance
     enlarges their differences. is_plain: without the CPU's own kernels, in operations that torch.compile can fuse and
-    `step_in_place` needs; always so elsewhere. Later changes of the model don't reach it.
+    `step_in_place` needs; always so elsewhere. is_native: whether whole passes run in compiled code (`native`); default
+    where that can be had, False never. Later changes of the model don't reach it.
     """
 
-    def __init__(self, dalle: DALLE, dtype: torch.dtype | None = None, *, is_plain: bool = False) -> None:
+    def __init__(
+        self,
+        dalle: DALLE,
+        dtype: torch.dtype | None = None,
+        *,
+        is_plain: bool = False,
+        is_native: bool | None = None,
+    ) -> None:
         self.dalle = dalle
         self.stream = dalle.stream
         self.config = dalle.config
@@ -52,37 +61,65 @@ class Engine:
         self.dtype = dtype or dalle.image_head.weight.dtype
         self.is_plain = is_plain or self.device.type != "cpu"
         self._head_dim = dalle.config.dim // dalle.config.heads
+        self._native: NativeTrunk | None = None
         self._cache_type = BagCache if can_use_bags(self.device) and not self.is_plain else KVCache
         with torch.no_grad():
-            self._layers = [self._pack(block) for block in dalle.blocks if isinstance(block, Block)]
-            head = dalle.image_head.weight * dalle.final_norm.weight
-            self._head = PackedLinear(head.float().contiguous(), is_packed=not self.is_plain)
-            self._image_embedding = self._cast(dalle.image_embedding.weight)
-            self._places = self._cast(dalle.place_embedding(0, self.stream.num_image_tokens))  # (N, dim)
-            self._above = None if dalle.above is None else self._cast(dalle.above.weight)  # (V + 1, dim)
+            weights = [self._folded(block) for block in dalle.blocks if isinstance(block, Block)]
+            head = (dalle.image_head.weight * dalle.final_norm.weight).float().contiguous()
+            if is_native is not False and not self.is_plain and can_run(dalle.config, self.device, self.dtype):
+                self._cache_type, self._layers = NativeCache, []
+                self._native = NativeTrunk(weights, head, dalle.config.heads, self.dtype)
+            else:
+                self._layers = [self._pack(layer) for layer in weights]
+                self._head = PackedLinear(head, is_packed=not self.is_plain)
+            self._all_slots = torch.arange(len(dalle.rope_cos), device=self.device)
+            self._input_dtype = self.dtype if self._native is None else torch.float32
+            self._image_embedding = self._as_input(dalle.image_embedding.weight)
+            self._places = self._as_input(dalle.place_embedding(0, self.stream.num_image_tokens))  # (N, dim)
+            self._above = None if dalle.above is None else self._as_input(dalle.above.weight)  # (V + 1, dim)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether whole passes run in compiled code."""
+        return self._native is not None
 
     def _cast(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.dtype, copy=True).contiguous()
 
+    def _as_input(self, weight: Tensor) -> Tensor:
+        return weight.detach().to(self._input_dtype, copy=True).contiguous()
+
     def _linear(self, weight: Tensor) -> PackedLinear:
         return PackedLinear(self._cast(weight), is_packed=not self.is_plain)
 
-    def _pack(self, block: Block) -> _Layer:
+    def _folded(self, block: Block) -> LayerWeights:
+        """A block's weights with those of its norms in them."""
         attention, ffn = block.attention, block.ffn
         cos, sin = self.dalle.rope_cos, self.dalle.rope_sin  # (L, D / 2)
         tables = []
         for norm, scale in ((attention.query_norm, self._head_dim**-0.5), (attention.key_norm, 1.0)):
             first, second = (norm.weight * scale).chunk(2)
             tables.append((torch.cat([first * cos, second * cos], 1), torch.cat([-second * sin, first * sin], 1)))
-        shifts = block.attention_shift, block.ffn_shift
+        attention_shift, ffn_shift = block.attention_shift, block.ffn_shift
+        return LayerWeights(
+            qkv=attention.qkv.weight * block.attention_norm.weight,
+            out=attention.out.weight,
+            up=ffn.up.weight * block.ffn_norm.weight,
+            down=ffn.down.weight,
+            cosines=torch.stack([table[0] for table in tables], dim=1),
+            sines=torch.stack([table[1] for table in tables], dim=1),
+            mixes=None if attention_shift is None or ffn_shift is None else (attention_shift.mix, ffn_shift.mix),
+        )
+
+    def _pack(self, layer: LayerWeights) -> _Layer:
         return _Layer(
-            qkv=self._linear(attention.qkv.weight * block.attention_norm.weight),
-            out=self._linear(attention.out.weight),
-            up=self._linear(ffn.up.weight * block.ffn_norm.weight),
-            down=self._linear(ffn.down.weight),
-            cos=self._cast(torch.stack([table[0] for table in tables], dim=1)[:, :, None]),
-            sin=self._cast(torch.stack([table[1] for table in tables], dim=1)[:, :, None]),
-            mixes=None if None in shifts else tuple(self._cast(shift.mix) for shift in shifts if shift is not None),  # type: ignore[arg-type]
+            qkv=self._linear(layer.qkv),
+            out=self._linear(layer.out),
+            up=self._linear(layer.up),
+            down=self._linear(layer.down),
+            cos=self._cast(layer.cosines[:, :, None]),
+            sin=self._cast(layer.sines[:, :, None]),
+            mixes=None if layer.mixes is None else (self._cast(layer.mixes[0]), self._cast(layer.mixes[1])),
         )
 
     @torch.no_grad()
@@ -94,7 +131,7 @@ class Engine:
         self.stream.check_text(text_ids)
         batch, num_slots = text_ids.shape
         cache = self._cache_type.allocate(
-            len(self._layers),
+            self.config.layers,
             batch,
             self.config.heads,
             self.stream.image_prefix + num_slots + self.stream.num_image_tokens - 1,
@@ -103,11 +140,16 @@ class Engine:
             dtype=self.dtype,
         )
         with torch.autocast(self.device.type, enabled=False):
-            x = self.dalle.embed(text_ids, text_ids[:, :0], None, embedding).to(self.dtype)
+            x = self.dalle.embed(text_ids, text_ids[:, :0], None, embedding).to(self._input_dtype)
             slots = self.stream.prompt_slots(num_slots).to(self.device)
-            hidden = self._trunk(x, slots, cache, self.dalle.drawing_masks(num_slots, 0))
+            if self._native is not None:
+                assert isinstance(cache, NativeCache)
+                logits = self._native(x, slots, cache, only_last=True)[:, 0]
+            else:
+                hidden = self._trunk(x, slots, cache, self.dalle.drawing_masks(num_slots, 0))
+                logits = self._logits(hidden[:, -1])
             cache.prompt_length = x.shape[1]
-            return self._logits(hidden[:, -1]), cache
+            return logits, cache
 
     @torch.no_grad()
     def extend(self, image_ids: Tensor, cache: KVCache) -> Tensor:
@@ -119,8 +161,11 @@ class Engine:
                 x = x + self._above[self.dalle.read_above(image_ids, start, cache)]
             x = self.dalle.with_view(x, None)
             slots = slice(self.stream.text_length + start, self.stream.text_length + start + x.shape[1])
+            if self._native is not None:
+                assert isinstance(cache, NativeCache)
+                return self._native(x, self._all_slots[slots], cache)
             masks = self.dalle.masks(slots.start, slots.stop, cache.length)
-            return self._logits(self._trunk(x.to(self.dtype), slots, cache, masks))
+            return self._logits(self._trunk(x.to(self._input_dtype), slots, cache, masks))
 
     @torch.no_grad()
     def step_in_place(self, ids: Tensor, cell: Tensor, cache: KVCache) -> Tensor:

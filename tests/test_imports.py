@@ -17,7 +17,7 @@ PACKAGE = "dalle_mini_impl"
 LEVELS = [
     {"config", "stream", "text", "memory", "threads", "files", "weights"},
     {"layers", "noise", "filters", "frechet", "nearest"},
-    {"captioner"},
+    {"captioner", "native"},
     {"vae", "dalle", "clip", "prior"},
     {
         "sampling",

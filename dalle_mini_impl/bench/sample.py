@@ -81,6 +81,13 @@ def run(shape: Shape, machine: Machine, device: torch.device, batches: Sequence[
             settings = SETTINGS if guided else SETTINGS.model_copy(update={"guidance": 1.0})
             name = str(dtype).removeprefix("torch.") + ("" if guided else ", no guidance")
             ours[f"ours, {name}"] = _engine(engine, text, settings), dtype, guided
+        if engine.is_native:
+            plain = Engine(dalle, dtype, is_native=False)
+            ours[f"ours, {str(dtype).removeprefix('torch.')}, PyTorch's operations"] = (
+                _engine(plain, text, SETTINGS),
+                dtype,
+                True,
+            )
     theirs = peers(shape, device, torch.bfloat16)
     for batch in batches:
         for name, (draw, dtype, guided) in ours.items():

@@ -1,0 +1,408 @@
+// One pass of the packed transformer (engine.py) over a few new tokens of each sequence, on the cores of a CPU.
+//
+// A step of decoding is so little work that PyTorch's calls take longer than what they call for. Here the whole trunk
+// is one parallel region: threads share out panels of weights, sequences or heads, and meet at barriers in between.
+// Each row's numbers are computed in an order that depends on nothing else in the batch, so its bits don't either.
+//
+// Residual stream, norms, scores and sums are fp32; weights, keys and values are float or, with a CPU that multiplies
+// them (AVX512-BF16), bf16. Compiled by native/build.py with -march=native; called through ctypes by native/trunk.py.
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+extern "C" {
+
+// Weights lie in panels of 32 output channels (see `pack` in trunk.py), tables are (slots, 2, head_dim): queries, keys.
+struct Layer {
+    const void *qkv, *out, *up, *down;
+    const float *cosines, *sines;
+    const float *attention_mix, *ffn_mix;  // null without token shift
+};
+
+struct Model {
+    int32_t layers, dim, heads, hidden, vocab, is_brief;
+    const Layer* layer;
+    const float* head;
+};
+
+// All contiguous. x (batch, count, dim) is overwritten. keys (layers, batch, heads, chunks, …), values (layers, batch,
+// heads, capacity, head_dim), last (layers, 2, batch, dim), latest the same with (count + 1) before dim, or null.
+// slots (count): rows of the tables. logits (batch, count, vocab), or (batch, vocab) of the last tokens alone.
+struct Pass {
+    float* x;
+    void *keys, *values;
+    float *last, *latest, *logits;
+    const int64_t* slots;
+    int64_t batch, count, position, chunks, capacity, only_last, threads;
+};
+}
+
+namespace {
+
+constexpr int LANES = 16;          // numbers in a vector
+constexpr int PANEL = 2 * LANES;   // output channels that are computed together
+constexpr int MOST_ROWS = 6;       // rows that are multiplied by a panel at once
+constexpr float EPSILON = 1e-6f;
+
+typedef float Vec __attribute__((vector_size(64), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(64), may_alias));
+typedef float LooseVec __attribute__((vector_size(64), may_alias, aligned(4)));
+
+inline Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
+inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
+
+inline float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+inline float maximum(Vec v) {
+    float best = v[0];
+    for (int i = 1; i < LANES; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+// e^x for x ≤ 0, to about 1e-7 of its size.
+inline Vec exponential(Vec x) {
+    const Vec lowest = Vec{} - 87.0f, shift = Vec{} + 12582912.0f;  // 1.5 × 2^23: adding it rounds to whole numbers
+    x = x > lowest ? x : lowest;
+    const Vec shifted = x * 1.44269504f + shift, whole = shifted - shift;
+    const Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Vec power = Vec{} + 1.3888889e-3f;
+    for (float coefficient : {8.3333333e-3f, 4.1666667e-2f, 0.16666667f, 0.5f, 1.0f, 1.0f}) power = power * rest + coefficient;
+    const IntVec exponent = (reinterpret_cast<const IntVec&>(shifted) - reinterpret_cast<const IntVec&>(shift)) << 23;
+    const IntVec scaled = reinterpret_cast<const IntVec&>(power) + exponent;
+    return reinterpret_cast<const Vec&>(scaled);
+}
+
+// to = (from - mean) / standard deviation, of `size` numbers.
+inline void normalize(const float* from, float* to, int size) {
+    Vec total{};
+    for (int i = 0; i < size; i += LANES) total += load(from + i);
+    const float mean = sum(total) / size;
+    Vec squares{};
+    for (int i = 0; i < size; i += LANES) {
+        const Vec centred = load(from + i) - mean;
+        squares += centred * centred;
+    }
+    const float scale = 1 / std::sqrt(sum(squares) / size + EPSILON);
+    for (int i = 0; i < size; i += LANES) store(to + i, (load(from + i) - mean) * scale);
+}
+
+// What is particular to fp32: weights (panels, depth, 32), keys (chunks, head_dim, 16), values (capacity, head_dim).
+struct Single {
+    using Number = float;
+
+    static void convert(const float* from, float* to, int size) { std::memcpy(to, from, size * sizeof(float)); }
+
+    template <int ROWS>
+    static void multiply(const float* a, long stride, const float* panel, int depth, Vec (&sums)[ROWS][2]) {
+        for (int k = 0; k < depth; ++k, panel += PANEL) {
+            const Vec first = load(panel), second = load(panel + LANES);
+            for (int row = 0; row < ROWS; ++row) {
+                const float value = a[row * stride + k];
+                sums[row][0] += value * first;
+                sums[row][1] += value * second;
+            }
+        }
+    }
+
+    static void put_key(float* chunk, int lane, const float* key, int size) {
+        for (int i = 0; i < size; ++i) chunk[i * LANES + lane] = key[i];
+    }
+
+    static Vec scores(const float* chunk, const float* query, int size) {
+        Vec parts[4] = {};
+        for (int i = 0; i < size; i += 4)
+            for (int part = 0; part < 4; ++part) parts[part] += query[i + part] * load(chunk + (i + part) * LANES);
+        return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    }
+
+    static Vec load_value(const float* from) { return load(from); }
+};
+
+#ifdef __AVX512BF16__
+// The same for bf16: two neighbouring numbers of the depth lie side by side, as one instruction multiplies them.
+struct Brief {
+    using Number = uint16_t;
+
+    static void convert(const float* from, uint16_t* to, int size) {
+        for (int i = 0; i < size; i += LANES)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+    }
+
+    static __m512bh pair(const uint16_t* at) {
+        int32_t both;
+        std::memcpy(&both, at, sizeof both);
+        return (__m512bh)_mm512_set1_epi32(both);
+    }
+
+    static __m512bh pairs(const uint16_t* at) { return (__m512bh)_mm512_loadu_si512(at); }
+
+    template <int ROWS>
+    static void multiply(const uint16_t* a, long stride, const uint16_t* panel, int depth, Vec (&sums)[ROWS][2]) {
+        for (int k = 0; k < depth; k += 2, panel += 2 * PANEL) {
+            const __m512bh first = pairs(panel), second = pairs(panel + PANEL);
+            for (int row = 0; row < ROWS; ++row) {
+                const __m512bh value = pair(a + row * stride + k);
+                sums[row][0] = (Vec)_mm512_dpbf16_ps((__m512)sums[row][0], value, first);
+                sums[row][1] = (Vec)_mm512_dpbf16_ps((__m512)sums[row][1], value, second);
+            }
+        }
+    }
+
+    static void put_key(uint16_t* chunk, int lane, const uint16_t* key, int size) {
+        for (int i = 0; i < size; i += 2) std::memcpy(chunk + (i * LANES + 2 * lane), key + i, 2 * sizeof(uint16_t));
+    }
+
+    static Vec scores(const uint16_t* chunk, const uint16_t* query, int size) {
+        __m512 parts[4] = {};
+        for (int i = 0; i < size; i += 8)
+            for (int part = 0; part < 4; ++part) {
+                const int k = i + 2 * part;
+                parts[part] = _mm512_dpbf16_ps(parts[part], pair(query + k), pairs(chunk + k * LANES));
+            }
+        return (Vec)_mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
+    }
+
+    static Vec load_value(const uint16_t* from) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+};
+#endif
+
+// Rows (rows, depth) of `a`, `stride` apart, times this thread's panels; `then` gets row, first channel and two vectors.
+template <class T, class Then>
+void multiply(const typename T::Number* a, long stride, int rows, int depth, const void* weight, int channels, int thread,
+              int threads, Then then) {
+    const int panels = (channels + PANEL - 1) / PANEL;
+    for (int panel = panels * thread / threads; panel < panels * (thread + 1) / threads; ++panel) {
+        const auto* packed = static_cast<const typename T::Number*>(weight) + static_cast<long>(panel) * depth * PANEL;
+        auto some = [&](auto number, int first) {
+            constexpr int ROWS = decltype(number)::value;
+            Vec sums[ROWS][2] = {};
+            T::template multiply<ROWS>(a + first * stride, stride, packed, depth, sums);
+            for (int row = 0; row < ROWS; ++row) then(first + row, panel * PANEL, sums[row][0], sums[row][1]);
+        };
+        int row = 0;
+        for (; row + MOST_ROWS <= rows; row += MOST_ROWS) some(std::integral_constant<int, MOST_ROWS>{}, row);
+        switch (rows - row) {
+            case 5: some(std::integral_constant<int, 5>{}, row); break;
+            case 4: some(std::integral_constant<int, 4>{}, row); break;
+            case 3: some(std::integral_constant<int, 3>{}, row); break;
+            case 2: some(std::integral_constant<int, 2>{}, row); break;
+            case 1: some(std::integral_constant<int, 1>{}, row); break;
+            default: break;
+        }
+    }
+}
+
+inline int padded(int channels) { return (channels + PANEL - 1) / PANEL * PANEL; }
+
+// What the threads share. Rows are (sequence, token); their strides are whole panels, so that every store is whole.
+template <class T>
+struct Pad {
+    std::vector<float> x, qkv;
+    std::vector<typename T::Number> normed, mixed, inner;
+
+    void fit(int rows, const Model& m) {
+        auto grow = [](auto& values, size_t size) {
+            if (values.size() < size) values.resize(size);
+        };
+        grow(x, static_cast<size_t>(rows) * padded(m.dim));
+        grow(qkv, static_cast<size_t>(rows) * padded(3 * m.dim));
+        grow(normed, static_cast<size_t>(rows) * m.dim);
+        grow(mixed, static_cast<size_t>(rows) * m.dim);
+        grow(inner, static_cast<size_t>(rows) * padded(m.hidden));
+    }
+};
+
+// This thread's sequences: normed = norm(x), mixed with the token before where there is a mix.
+template <class T>
+void norm_and_shift(const Model& m, const Pass& p, Pad<T>& pad, const float* mix, int layer, int which, float* own,
+                    int thread, int threads) {
+    const int dim = m.dim;
+    const long place = static_cast<long>(layer) * 2 + which;
+    float *now = own, *before = own + dim, *blend = own + 2 * dim;
+    for (int64_t b = p.batch * thread / threads; b < p.batch * (thread + 1) / threads; ++b) {
+        float* last = p.last + (place * p.batch + b) * dim;
+        float* latest = p.latest ? p.latest + (place * p.batch + b) * (p.count + 1) * dim : nullptr;
+        if (mix) std::memcpy(before, last, dim * sizeof(float));
+        if (mix && latest) std::memcpy(latest, last, dim * sizeof(float));
+        for (int64_t j = 0; j < p.count; ++j) {
+            const int64_t row = b * p.count + j;
+            normalize(&pad.x[row * padded(dim)], now, dim);
+            if (!mix) {
+                T::convert(now, &pad.normed[row * dim], dim);
+                continue;
+            }
+            for (int i = 0; i < dim; i += LANES) {
+                const Vec here = load(now + i);
+                store(blend + i, here + load(mix + i) * (load(before + i) - here));
+            }
+            T::convert(blend, &pad.normed[row * dim], dim);
+            if (latest) std::memcpy(latest + (j + 1) * dim, now, dim * sizeof(float));
+            std::swap(now, before);
+        }
+        if (mix) std::memcpy(last, before, dim * sizeof(float));
+    }
+}
+
+// Normalizes and turns one query or key by its slot's tables, which hold the norm's weight, too.
+inline void turn(const float* from, const float* cosines, const float* sines, float* normed, float* to, int size) {
+    normalize(from, normed, size);
+    const int half = size / 2;
+    for (int i = 0; i < size; ++i) to[i] = normed[i] * cosines[i] + normed[i < half ? i + half : i - half] * sines[i];
+}
+
+// This thread's heads: writes keys and values of the new tokens behind those in the cache, and mixes them all.
+template <class T>
+void attend(const Model& m, const Pass& p, Pad<T>& pad, int layer, float* own, int thread, int threads) {
+    using Number = typename T::Number;
+    const int size = m.dim / m.heads, stride = padded(3 * m.dim);
+    const Layer& weights = m.layer[layer];
+    float *normed = own, *turned = own + size, *shares = own + 2 * size;
+    Number* brief = reinterpret_cast<Number*>(own + 2 * size + p.chunks * LANES);
+    const int64_t items = p.batch * m.heads;
+    for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; ++item) {
+        const int64_t b = item / m.heads, h = item % m.heads;
+        Number* keys = static_cast<Number*>(p.keys) + (layer * items + item) * p.chunks * LANES * size;
+        Number* values = static_cast<Number*>(p.values) + (layer * items + item) * p.capacity * size;
+        for (int64_t j = 0; j < p.count; ++j) {
+            const float* row = &pad.qkv[(b * p.count + j) * stride + h * size];
+            const int64_t place = p.position + j, table = (p.slots[j] * 2 + 1) * size;
+            turn(row + m.dim, weights.cosines + table, weights.sines + table, normed, turned, size);
+            T::convert(turned, brief, size);
+            T::put_key(keys + place / LANES * LANES * size, place % LANES, brief, size);
+            T::convert(row + 2 * m.dim, values + place * size, size);
+        }
+        for (int64_t j = 0; j < p.count; ++j) {
+            const float* row = &pad.qkv[(b * p.count + j) * stride + h * size];
+            const int64_t seen = p.position + j + 1, chunks = (seen + LANES - 1) / LANES, table = p.slots[j] * 2 * size;
+            turn(row, weights.cosines + table, weights.sines + table, normed, turned, size);
+            T::convert(turned, brief, size);
+            Vec best = Vec{} - std::numeric_limits<float>::infinity();
+            for (int64_t c = 0; c < chunks; ++c) {
+                store(shares + c * LANES, T::scores(keys + c * LANES * size, brief, size));
+                for (int64_t i = seen; i < (c + 1) * LANES; ++i) shares[i] = -std::numeric_limits<float>::infinity();
+                const Vec scores = load(shares + c * LANES);
+                best = scores > best ? scores : best;
+            }
+            const float largest = maximum(best);
+            Vec totals{};
+            for (int64_t c = 0; c < chunks; ++c) {
+                store(shares + c * LANES, exponential(load(shares + c * LANES) - largest));
+                for (int64_t i = seen; i < (c + 1) * LANES; ++i) shares[i] = 0;
+                totals += load(shares + c * LANES);
+            }
+            const float scale = 1 / sum(totals);
+            for (int first = 0; first < size; first += 4 * LANES) {
+                const int width = size - first < 4 * LANES ? (size - first) / LANES : 4;
+                Vec sums[4] = {};
+                const Number* value = values + first;
+                if (width == 4) {
+                    for (int64_t i = 0; i < seen; ++i, value += size)
+                        for (int v = 0; v < 4; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
+                } else {
+                    for (int64_t i = 0; i < seen; ++i, value += size)
+                        for (int v = 0; v < width; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
+                }
+                for (int v = 0; v < width; ++v) store(turned + first + v * LANES, sums[v] * scale);
+            }
+            T::convert(turned, &pad.mixed[(b * p.count + j) * m.dim + h * size], size);
+        }
+    }
+}
+
+template <class T>
+void run(const Model& m, const Pass& p) {
+    static thread_local Pad<T> kept;
+    Pad<T>& pad = kept;  // the caller's, for all threads
+    const int rows = static_cast<int>(p.batch * p.count), dim = m.dim, hidden = m.hidden;
+    const long x_stride = padded(dim), qkv_stride = padded(3 * dim), inner_stride = padded(hidden);
+    pad.fit(rows, m);
+    for (int row = 0; row < rows; ++row) std::memcpy(&pad.x[row * x_stride], p.x + static_cast<long>(row) * dim, dim * sizeof(float));
+    auto add = [&](int row, int channel, Vec first, Vec second) {
+        float* to = &pad.x[row * x_stride + channel];
+        store(to, load(to) + first);
+        store(to + LANES, load(to + LANES) + second);
+    };
+#pragma omp parallel num_threads(static_cast<int>(p.threads))
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        std::vector<float> own(3 * dim + (p.chunks + 4) * LANES);
+        for (int index = 0; index < m.layers; ++index) {
+            const Layer& layer = m.layer[index];
+            norm_and_shift(m, p, pad, layer.attention_mix, index, 0, own.data(), thread, threads);
+#pragma omp barrier
+            multiply<T>(pad.normed.data(), dim, rows, dim, layer.qkv, 3 * dim, thread, threads,
+                        [&](int row, int channel, Vec first, Vec second) {
+                            store(&pad.qkv[row * qkv_stride + channel], first);
+                            store(&pad.qkv[row * qkv_stride + channel + LANES], second);
+                        });
+#pragma omp barrier
+            attend(m, p, pad, index, own.data(), thread, threads);
+#pragma omp barrier
+            multiply<T>(pad.mixed.data(), dim, rows, dim, layer.out, dim, thread, threads, add);
+#pragma omp barrier
+            norm_and_shift(m, p, pad, layer.ffn_mix, index, 1, own.data(), thread, threads);
+#pragma omp barrier
+            multiply<T>(pad.normed.data(), dim, rows, dim, layer.up, hidden, thread, threads,
+                        [&](int row, int channel, Vec first, Vec second) {
+                            alignas(64) float squares[PANEL];
+                            const Vec a = first > 0 ? first : Vec{}, b = second > 0 ? second : Vec{};
+                            store(squares, a * a);
+                            store(squares + LANES, b * b);
+                            T::convert(squares, &pad.inner[row * inner_stride + channel], PANEL);
+                        });
+#pragma omp barrier
+            multiply<T>(pad.inner.data(), inner_stride, rows, hidden, layer.down, dim, thread, threads, add);
+#pragma omp barrier
+        }
+        const int64_t wanted = p.only_last ? p.batch : rows;  // rows of logits
+        const int64_t from = wanted * thread / threads, to = wanted * (thread + 1) / threads;
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t row = p.only_last ? (i + 1) * p.count - 1 : i;
+            normalize(&pad.x[row * x_stride], &pad.qkv[i * qkv_stride], dim);
+        }
+#pragma omp barrier
+        multiply<Single>(pad.qkv.data(), qkv_stride, static_cast<int>(wanted), dim, m.head, m.vocab, thread, threads,
+                         [&](int row, int channel, Vec first, Vec second) {
+                             float* out = p.logits + static_cast<long>(row) * m.vocab + channel;
+                             const int left = m.vocab - channel;
+                             for (int i = 0; i < PANEL && i < left; ++i) out[i] = i < LANES ? first[i] : second[i - LANES];
+                         });
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t has_brief() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void run_pass(const Model* model, const Pass* pass) {
+#ifdef __AVX512BF16__
+    if (model->is_brief) return run<Brief>(*model, *pass);
+#endif
+    run<Single>(*model, *pass);
+}
+}

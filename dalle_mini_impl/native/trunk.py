@@ -1,0 +1,183 @@
+"""The transformer's trunk and head in compiled code (`decode.cpp`): a whole pass is one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_mini_impl.config import DALLEConfig
+from dalle_mini_impl.layers.attention import KVCache
+from dalle_mini_impl.native.build import kernel
+
+LANES = 16
+"""Numbers in a vector; dimensions of heads, and so of the model, are whole vectors."""
+PANEL = 2 * LANES
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block: weights (out, in) with the norms' weights in them, tables (slots, 2, head_dim), mixes (dim,) or None.
+
+    The tables turn queries and keys, which are normalised without a weight before.
+    """
+
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+    cosines: Tensor
+    sines: Tensor
+    mixes: tuple[Tensor, Tensor] | None
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("qkv", "out", "up", "down", "cosines", "sines", "attention_mix", "ffn_mix")
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("layers", "dim", "heads", "hidden", "vocab", "is_brief")),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("head", ctypes.c_void_p),
+    ]
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "keys", "values", "last", "latest", "logits", "slots")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "count", "position", "chunks", "capacity", "only_last", "threads")
+        ),
+    ]
+
+
+class NativeCache(KVCache):
+    """A KVCache as the kernel reads it: keys (layers, B, H, chunks, 16 × D), 16 positions a chunk; `last` is fp32."""
+
+    _room = staticmethod(torch.empty)  # memory is only touched where it is filled
+
+    @classmethod
+    def allocate(
+        cls,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """An empty cache."""
+        cache = super().allocate(layers, batch, heads, capacity, head_dim, device=device, dtype=dtype)
+        cache.last = cache.last.float()
+        return cache
+
+    @staticmethod
+    def _keys_shape(layers: int, batch: int, heads: int, capacity: int, head_dim: int) -> tuple[int, ...]:
+        return layers, batch, heads, -(-capacity // LANES), LANES * head_dim
+
+    def _filled(self) -> list[tuple[Tensor, int]]:
+        _, *others = super()._filled()
+        return [(self.keys[:, :, :, : -(-self.length // LANES)], 1), *others]
+
+
+def can_run(config: DALLEConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel is there, and made for such a model: squared ReLU, full attention, heads of whole vectors."""
+    is_fit = config.ffn == "relu2" and set(config.layer_patterns) == {"full"}
+    if device.type != "cpu" or not is_fit or (config.dim // config.heads) % LANES:
+        return False
+    library = kernel()
+    if library is None:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(library.has_brief()))
+
+
+class NativeTrunk:
+    """All blocks, the last norm and the head, packed for the kernel; see `can_run`.
+
+    dtype: of weights, keys and values. head: (vocab, dim) with the last norm's weight in it, computed in fp32.
+    """
+
+    def __init__(self, layers: Sequence[LayerWeights], head: Tensor, heads: int, dtype: torch.dtype) -> None:
+        library = kernel()
+        assert library is not None
+        self._run = library.run_pass
+        self._kept: list[Tensor] = []  # what the kernel's pointers point to
+        self.vocab, self.dim = head.shape
+        packed = (_Layer * len(layers))()
+        for place, layer in zip(packed, layers, strict=True):
+            for name in ("qkv", "out", "up", "down"):
+                setattr(place, name, self._keep(pack(getattr(layer, name).to(dtype))))
+            place.cosines, place.sines = self._keep(layer.cosines.float()), self._keep(layer.sines.float())
+            if layer.mixes is not None:
+                place.attention_mix, place.ffn_mix = (self._keep(mix.float()) for mix in layer.mixes)
+        hidden = layers[0].up.shape[0]
+        self._model = _Model(
+            layers=len(layers),
+            dim=self.dim,
+            heads=heads,
+            hidden=hidden,
+            vocab=self.vocab,
+            is_brief=dtype == torch.bfloat16,
+            layer=packed,
+            head=self._keep(pack(head.float())),
+        )
+        self._shifts = layers[0].mixes is not None
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def __call__(self, x: Tensor, slots: Tensor, cache: NativeCache, *, only_last: bool = False) -> Tensor:
+        """Reads n tokens x (B, n, dim) in slots (n,) int64 behind those in the cache; fp32 logits (B, n, vocab).
+
+        only_last: logits (B, 1, vocab) of the last token alone.
+        """
+        batch, count, _ = x.shape
+        cache.check_room(count)
+        x = x.float().contiguous()
+        slots = slots.contiguous()
+        logits = torch.empty((batch, 1 if only_last else count, self.vocab))
+        latest = None
+        cache.latest.clear()
+        if count > 1 and self._shifts:
+            latest = torch.empty((*cache.last.shape[:3], count + 1, self.dim))
+            cache.latest.update({(i, j): latest[i, j] for i in range(len(latest)) for j in range(2)})
+        the_pass = _Pass(
+            x=x.data_ptr(),
+            keys=cache.keys.data_ptr(),
+            values=cache.values.data_ptr(),
+            last=cache.last.data_ptr(),
+            latest=None if latest is None else latest.data_ptr(),
+            logits=logits.data_ptr(),
+            slots=slots.data_ptr(),
+            batch=batch,
+            count=count,
+            position=cache.length,
+            chunks=cache.keys.shape[3],
+            capacity=cache.capacity,
+            only_last=only_last,
+            threads=torch.get_num_threads(),
+        )
+        self._run(ctypes.byref(self._model), ctypes.byref(the_pass))
+        cache.advance(count)
+        return logits
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight (N, K) in panels of 32 output channels: (N / 32, K, 32), in bf16 (N / 32, K / 2, 32, 2)."""
+    channels, depth = weight.shape
+    weight = F.pad(weight, (0, 0, 0, -channels % PANEL))
+    if weight.dtype == torch.bfloat16:
+        return weight.view(-1, PANEL, depth // 2, 2).transpose(1, 2).contiguous()
+    return weight.view(-1, PANEL, depth).transpose(1, 2).contiguous()

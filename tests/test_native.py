@@ -1,0 +1,233 @@
+"""The compiled decoder: the logits of the readable model, bits that depend on nothing else, and no harm without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.config import DALLEConfig, SamplingConfig
+from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.engine import Engine
+from dalle_mini_impl.native import build, trunk
+from dalle_mini_impl.native.trunk import NativeCache, can_run, pack
+from dalle_mini_impl.sampling import stream_tokens
+from dalle_mini_impl.stream import Stream
+from tests.tiny import randomize
+
+STREAM = Stream(text_length=6, grid_size=5, text_vocab=20, image_vocab=43)
+N = STREAM.num_image_tokens
+LIBRARY = build.kernel()
+CPU = torch.device("cpu")
+TYPES = [torch.float32, torch.bfloat16] if LIBRARY is not None and LIBRARY.has_brief() else [torch.float32]
+
+compiled = pytest.mark.skipif(LIBRARY is None, reason="the decoder's kernel can't be compiled here")
+
+
+def _dalle(**values: object) -> DALLE:
+    dalle = DALLE(DALLEConfig.model_validate({"dim": 32, "layers": 2, "heads": 2, **values}), STREAM)
+    randomize(dalle)
+    return dalle.eval()
+
+
+def _captions() -> Tensor:
+    pieces: list[list[int]] = [[7, 9], [7, 8, 9, 10], []]
+    return torch.tensor([*(STREAM.fit_caption(ids)[0] for ids in pieces), STREAM.null_caption().tolist()])
+
+
+def _images(batch: int = 4) -> Tensor:
+    return torch.randint(0, STREAM.image_vocab, (batch, N), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def _logits(engine: Engine, text: Tensor, images: Tensor, counts: list[int]) -> Tensor:
+    """Logits (B, N, V) of pictures that are read so many tokens at a time."""
+    first, cache = engine.prefill(text)
+    assert isinstance(cache, NativeCache)
+    parts, start = [first[:, None]], 0
+    for count in counts:
+        parts.append(engine.extend(images[:, start : start + count], cache))
+        start += count
+    return torch.cat(parts, dim=1)
+
+
+ONE_BY_ONE = [1] * (N - 1)
+MODELS = [
+    {},
+    {"token_shift": False},
+    {"above_embedding": True},
+    {"dim": 96, "heads": 1},
+    {"dim": 80, "heads": 1, "ffn_multiple": 1.3},
+    {"dim": 64, "heads": 4, "positions": "learned"},
+]
+
+
+@compiled
+@pytest.mark.parametrize("counts", [ONE_BY_ONE, [N - 1], [2, 1, 17, 4]], ids=["one by one", "at once", "some"])
+@pytest.mark.parametrize("values", MODELS, ids=str)
+def test_logits_equal_those_of_the_whole_stream(values: dict[str, object], counts: list[int]) -> None:
+    dalle, text, images = _dalle(**values), _captions(), _images()
+    with torch.no_grad():
+        expected = dalle(text, images)[1]
+    assert torch.allclose(_logits(Engine(dalle), text, images, counts), expected, atol=1e-5)
+
+
+@compiled
+@pytest.mark.skipif(len(TYPES) < 2, reason="this processor doesn't multiply bf16")
+@pytest.mark.parametrize("values", MODELS, ids=str)
+def test_bf16_is_as_near_as_pytorch_s_operations_in_bf16(values: dict[str, object]) -> None:
+    dalle, text, images = _dalle(**values), _captions(), _images()
+    with torch.no_grad():
+        expected = dalle(text, images)[1]
+        ours = _logits(Engine(dalle, torch.bfloat16), text, images, [N - 1])
+        engine = Engine(dalle, torch.bfloat16, is_native=False)
+        theirs = engine.extend(images[:, :-1], engine.prefill(text)[1])
+    error = (ours - expected).abs().mean()
+    assert 0 < error < 0.02 * expected.abs().mean()
+    assert error < 1.2 * (theirs - expected[:, 1:]).abs().mean()
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype: torch.dtype) -> None:
+    engine, text, images = Engine(_dalle(above_embedding=True), dtype), _captions().repeat(3, 1), _images(12)
+    whole = _logits(engine, text, images, ONE_BY_ONE)
+    for rows in ([0], [3, 5], [1, 2, 3, 4, 5, 6, 7]):
+        assert torch.equal(_logits(engine, text[rows], images[rows], ONE_BY_ONE), whole[rows]), rows
+    for counts in ([N - 1], [2, 1, 17, 4]):
+        assert torch.equal(_logits(engine, text, images, counts), whole), counts
+    threads = torch.get_num_threads()
+    try:
+        for other in (1, 2, 3, 5):
+            torch.set_num_threads(other)
+            assert torch.equal(_logits(engine, text, images, [3, *ONE_BY_ONE[:-3]]), whole), other
+    finally:
+        torch.set_num_threads(threads)
+
+
+@compiled
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
+    engine, text, images = Engine(_dalle(), dtype), _captions(), _images()
+    expected = _logits(engine, text, images, ONE_BY_ONE)
+    _, cache = engine.prefill(text)
+    wrong = (images + 1) % STREAM.image_vocab
+    start = 0
+    while start < N - 1:
+        count = min(4, N - 1 - start)
+        guess = torch.cat([images[:, start : start + 1], wrong[:, start + 1 : start + count]], dim=1)
+        logits = engine.extend(guess, cache)
+        assert torch.equal(logits[:, 0], expected[:, start + 1])
+        cache.take_back(count - 1)
+        start += 1
+
+
+@compiled
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_pictures_are_the_same_alone_together_and_by_guessing_ahead(dtype: torch.dtype) -> None:
+    engine, text = Engine(_dalle(above_embedding=True), dtype), _captions()[:1]
+    settings = SamplingConfig(guidance=3.0, guidance_schedule="linear", top_p=0.9)
+
+    def draw(candidates: list[int], window: int) -> Tensor:
+        rows = [(0, candidate) for candidate in candidates]
+        *_, last = stream_tokens(engine, text, ["a red circle"], rows, seed=3, settings=settings, window=window)
+        return last.ids
+
+    together = draw([0, 1, 2, 3, 4, 5, 6], 1)
+    assert len({tuple(row) for row in together.tolist()}) > 1
+    assert torch.equal(draw([2], 1)[0], together[2])
+    assert torch.equal(draw([2, 5], 8), together[[2, 5]])
+
+
+@compiled
+def test_a_pass_beyond_the_cache_is_refused() -> None:
+    engine, text, images = Engine(_dalle()), _captions(), _images()
+    _, cache = engine.prefill(text)
+    assert isinstance(cache, NativeCache) and engine._native is not None
+    with pytest.raises(ValueError, match=f"holds {cache.capacity} tokens; {cache.length + 26} were asked for"):
+        engine._native(torch.zeros(4, 26, 32), torch.arange(26), cache)
+    assert images.shape[1] == N
+
+
+@pytest.mark.parametrize(
+    "values", [{"ffn": "swiglu"}, {"ffn": "gelu"}, {"heads": 4}, {"attention": ["full", "row"]}], ids=str
+)
+def test_other_models_are_left_to_pytorch(values: dict[str, object]) -> None:
+    dalle = _dalle(**values)
+    assert not can_run(dalle.config, CPU, torch.float32)
+    text, images = _captions(), _images()
+    with torch.no_grad():
+        engine = Engine(dalle)
+        logits = engine.extend(images[:, :-1], engine.prefill(text)[1])
+        assert torch.allclose(logits, dalle(text, images)[1][:, 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packing_puts_each_weight_into_its_panel(dtype: torch.dtype) -> None:
+    weight = torch.arange(40 * 6, dtype=torch.float32).view(40, 6).to(dtype)
+    packed = pack(weight)
+    for channel, depth in ((0, 0), (31, 5), (32, 1), (39, 4)):
+        panel, place = divmod(channel, 32)
+        at = (panel, depth, place) if dtype == torch.float32 else (panel, depth // 2, place, depth % 2)
+        assert packed[at] == weight[channel, depth]
+    assert packed.shape[0] == 2 and packed.numel() == 64 * 6
+
+
+def test_the_kernel_is_compiled_once(tmp_path: Path) -> None:
+    if LIBRARY is None:
+        pytest.skip("the decoder's kernel can't be compiled here")
+    library = build._compiled(tmp_path)
+    before = library.stat().st_mtime_ns
+    time.sleep(0.01)
+    assert build._compiled(tmp_path) == library and library.stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == [library.name], "nothing is left lying about"
+
+
+def _kernel_in(environment: dict[str, str]) -> tuple[str, str]:
+    """What a fresh process under this environment says of the kernel, and what it logs."""
+    code = (
+        "import logging; logging.basicConfig(level=20); from dalle_mini_impl.native import build; print(build.kernel())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip(), done.stderr
+
+
+def test_without_a_compiler_or_room_or_wish_there_is_no_kernel_and_one_line_says_why(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "decode.cpp: no such processor" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    file = tmp_path / "file"
+    file.write_text("")
+    for environment, reason in (
+        ({"CXX": "no-such-compiler"}, "no C++ compiler"),
+        ({"CXX": str(broken), "XDG_CACHE_HOME": str(tmp_path / "cache")}, "no such processor"),
+        ({"XDG_CACHE_HOME": str(file)}, "Not a directory"),
+    ):
+        if sys.platform != "linux":
+            pytest.skip("only compiled on Linux")
+        found, said = _kernel_in(environment)
+        assert found == "None" and reason in said, environment
+    found, said = _kernel_in({build.SWITCH: "0"})
+    assert (found, said) == ("None", "")
+
+
+def test_an_engine_without_the_kernel_draws_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    dalle, text, images = _dalle(), _captions(), _images()
+    monkeypatch.setattr(trunk, "kernel", lambda: None)
+    engine = Engine(dalle)
+    assert engine._native is None
+    with torch.no_grad():
+        logits = engine.extend(images[:, :-1], engine.prefill(text)[1])
+        assert torch.allclose(logits, dalle(text, images)[1][:, 1:], atol=1e-5)
+    monkeypatch.setattr(trunk, "kernel", lambda: SimpleNamespace(has_brief=lambda: 0))
+    assert can_run(dalle.config, CPU, torch.float32) and not can_run(dalle.config, CPU, torch.bfloat16)
