@@ -19,6 +19,7 @@ from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.filters import choose, choose_without_sorting, guidance_scales, guide
 from dalle_mini_impl.layers.attention import KVCache
+from dalle_mini_impl.native.choice import choose as native_choose
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.stream import NULL
 
@@ -172,9 +173,9 @@ def decode(
     """
     num_tokens, num_rows, device = branches.engine.stream.num_image_tokens, len(noise.owners), noise.owners.device
     scale_list = guidance_scales(settings, num_tokens)
-    pick = choose_without_sorting if device.type == "cpu" else choose
     guided_from = next((index for index, scale in enumerate(scale_list) if scale != 1.0), num_tokens)
     scales = torch.tensor(scale_list, device=device)
+    is_free = known is None
     known = torch.full((num_rows, num_tokens), FREE, device=device) if known is None else known.to(device)
     given = _leading(known)
     ids = torch.empty((num_rows, num_tokens), dtype=torch.long, device=device)
@@ -193,7 +194,7 @@ def decode(
         if guided_from <= index and not branches.guided:
             caught_up = branches.add_null(ids[:, : max(0, index - 1)])
             if index:
-                ratio.subtract(caught_up, ids[:, :index], 0)
+                ratio.subtract(caught_up[:, :index], ids[:, :index], 0)
         if index == 0:
             guess, (conditional, null) = left, (branches.first, caught_up if branches.guided else None)
         else:
@@ -201,18 +202,34 @@ def decode(
             guess = _guess(left, ids, index, min(window - 1, limit - index - 1), known)
             conditional, null = branches.read(torch.cat([ids[:, index - 1 : index], guess], dim=1))
         end = index + conditional.shape[1]
-        logits = conditional if null is None else guide(conditional, null, scales[index:end])
-        drawn = pick(logits, settings, noise.at(index, end))  # (n, 1 + guesses)
-        drawn = torch.where(known[:, index:end] == FREE, drawn, known[:, index:end])
+        drawn, of_caption, of_null = _draw(
+            conditional, null, scales[index:end], settings, noise.at(index, end), branches.engine.is_native
+        )  # (n, 1 + guesses) each
+        if not is_free:
+            drawn = torch.where(known[:, index:end] == FREE, drawn, known[:, index:end])
         kept = 1 + _num_agreeing(guess, drawn)
         branches.take_back(conditional.shape[1] - kept)
         ids[:, index : index + kept] = drawn[:, :kept]
         left = drawn[:, kept:]
-        ratio.add(conditional[:, :kept], drawn[:, :kept], index)
-        if null is not None:
-            ratio.subtract(null[:, :kept], drawn[:, :kept], index)
+        ratio.add(of_caption[:, :kept], None if of_null is None else of_null[:, :kept], index)
         index += kept
         yield _partial(ids, index, ratio)
+
+
+def _draw(
+    conditional: Tensor, null: Tensor | None, scales: Tensor, settings: SamplingConfig, noise: Tensor, is_native: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids (n, L) drawn from logits (n, L, V); their log-likelihoods with and, where there is null, without caption."""
+    if is_native:
+        return native_choose(conditional, null, scales, settings, noise)
+    pick = choose_without_sorting if conditional.device.type == "cpu" else choose
+    drawn = pick(conditional if null is None else guide(conditional, null, scales), settings, noise)
+    return drawn, _log_likelihoods(conditional, drawn), None if null is None else _log_likelihoods(null, drawn)
+
+
+def _log_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p, (n, L), of ids (n, L) under logits (n, L, V)."""
+    return logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
 
 
 def _decode_fixed(
@@ -287,18 +304,18 @@ class _Ratio:
         self.likelihood = torch.zeros(num_rows, device=device)
         self._free = known == FREE
 
-    def add(self, logits: Tensor, ids: Tensor, start: int) -> None:
-        """Adds Σ log p of ids (n, k) at positions from `start` on under their logits (n, k, V)."""
-        likelihoods = self._sum(logits, ids, start)
-        self.total, self.likelihood = self.total + likelihoods, self.likelihood + likelihoods
+    def add(self, of_caption: Tensor, of_null: Tensor | None, start: int) -> None:
+        """Adds log p (n, k) of the tokens from `start` on, with the caption and, where it was read, without."""
+        own = self._sum(of_caption, start)
+        self.likelihood = self.likelihood + own
+        self.total = self.total + own if of_null is None else self.total + (own - self._sum(of_null, start))
 
     def subtract(self, logits: Tensor, ids: Tensor, start: int) -> None:
-        """The same with the other sign."""
-        self.total = self.total - self._sum(logits, ids, start)
+        """Takes away Σ log p of ids (n, k) from `start` on under logits (n, k, V) without the caption."""
+        self.total = self.total - self._sum(_log_likelihoods(logits, ids), start)
 
-    def _sum(self, logits: Tensor, ids: Tensor, start: int) -> Tensor:
-        likelihoods = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
-        return (likelihoods * self._free[:, start : start + ids.shape[1]]).sum(dim=1)
+    def _sum(self, likelihoods: Tensor, start: int) -> Tensor:
+        return (likelihoods * self._free[:, start : start + likelihoods.shape[1]]).sum(dim=1)
 
 
 def _partial(ids: Tensor, index: int, ratio: _Ratio) -> Partial:

@@ -16,7 +16,9 @@ from torch import Tensor
 from dalle_mini_impl.config import DALLEConfig, SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.engine import Engine
+from dalle_mini_impl.filters import choose, guide
 from dalle_mini_impl.native import build, trunk
+from dalle_mini_impl.native.choice import choose as native_choose
 from dalle_mini_impl.native.trunk import NativeCache, can_run, pack
 from dalle_mini_impl.sampling import stream_tokens
 from dalle_mini_impl.stream import Stream
@@ -97,7 +99,7 @@ def test_bf16_is_as_near_as_pytorch_s_operations_in_bf16(values: dict[str, objec
 @compiled
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype: torch.dtype) -> None:
-    engine, text, images = Engine(_dalle(above_embedding=True), dtype), _captions().repeat(3, 1), _images(12)
+    engine, text, images = Engine(_dalle(above_embedding=True), dtype), _captions().repeat(6, 1), _images(24)
     whole = _logits(engine, text, images, ONE_BY_ONE)
     for rows in ([0], [3, 5], [1, 2, 3, 4, 5, 6, 7]):
         assert torch.equal(_logits(engine, text[rows], images[rows], ONE_BY_ONE), whole[rows]), rows
@@ -105,7 +107,7 @@ def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype:
         assert torch.equal(_logits(engine, text, images, counts), whole), counts
     threads = torch.get_num_threads()
     try:
-        for other in (1, 2, 3, 5):
+        for other in (1, 2, 3, 5):  # up to three, each has sequences of its own
             torch.set_num_threads(other)
             assert torch.equal(_logits(engine, text, images, [3, *ONE_BY_ONE[:-3]]), whole), other
     finally:
@@ -145,6 +147,39 @@ def test_pictures_are_the_same_alone_together_and_by_guessing_ahead(dtype: torch
     assert len({tuple(row) for row in together.tolist()}) > 1
     assert torch.equal(draw([2], 1)[0], together[2])
     assert torch.equal(draw([2, 5], 8), together[[2, 5]])
+
+
+SETTINGS = [
+    {"top_p": 1.0},
+    {"top_p": 0.9},
+    {"top_k": 5, "top_p": 1.0},
+    {"top_k": 20, "top_p": 0.7, "temperature": 0.6},
+    {"min_p": 0.1, "top_p": 1.0, "temperature": 1.7},
+    {"min_p": 0.3, "top_p": 0.95, "top_k": 30},
+    {"top_k": 1},
+    {"top_p": 0.01},
+    {"temperature": 0.0},
+]
+
+
+@compiled
+@pytest.mark.parametrize("is_guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize("values", SETTINGS, ids=str)
+def test_what_is_chosen_is_what_the_filters_choose(values: dict[str, float], is_guided: bool) -> None:
+    settings = SamplingConfig.model_validate({"top_k": 0, "temperature": 1.0, **values})
+    generator = torch.Generator().manual_seed(4)
+    for vocab in (43, 64, 1):
+        conditional, null = torch.randn((2, 150, 3, vocab), generator=generator) * 3
+        noise = -torch.empty((150, 5, vocab)).exponential_(generator=generator).log()[:, 1:4]
+        scales = torch.tensor([1.0, 2.5, 4.0]) if is_guided else torch.ones(3)
+        logits = guide(conditional, null, scales) if is_guided else conditional
+        ids, likelihoods, of_null = native_choose(conditional, null if is_guided else None, scales, settings, noise)
+        assert torch.equal(ids, choose(logits, settings, noise))
+        expected = conditional.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+        assert torch.allclose(likelihoods, expected, atol=1e-5)
+        if of_null is not None:
+            assert torch.allclose(of_null, null.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0], atol=1e-5)
+        assert (of_null is not None) == is_guided
 
 
 @compiled

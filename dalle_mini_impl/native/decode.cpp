@@ -1,4 +1,5 @@
-// One pass of the packed transformer (engine.py) over a few new tokens of each sequence, on the cores of a CPU.
+// One pass of the packed transformer (engine.py) over a few new tokens of each sequence, on the cores of a CPU, and the
+// choice of the next tokens from its logits.
 //
 // A step of decoding is so little work that PyTorch's calls take longer than what they call for. Here the whole trunk
 // is one parallel region: threads share out panels of weights, sequences or heads, and meet at barriers in between.
@@ -9,9 +10,11 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -45,6 +48,17 @@ struct Pass {
     const int64_t* slots;
     int64_t batch, count, position, chunks, capacity, only_last, threads;
 };
+
+// What filters.py says, for logits (pictures, tokens, vocab) with a caption and, or null, without. scales (tokens).
+// noise: that of a picture's first token; pictures are noise_stride numbers apart, tokens vocab numbers. top_k 0, top_p 1
+// and min_p 0 filter nothing. ids, likelihoods, null_likelihoods (pictures, tokens): what is chosen and its log p.
+struct Choice {
+    const float *conditional, *null, *noise, *scales;
+    int64_t* ids;
+    float *likelihoods, *null_likelihoods;
+    int64_t pictures, tokens, vocab, noise_stride, top_k, threads;
+    float temperature, top_p, min_p;
+};
 }
 
 namespace {
@@ -52,6 +66,8 @@ namespace {
 constexpr int LANES = 16;          // numbers in a vector
 constexpr int PANEL = 2 * LANES;   // output channels that are computed together
 constexpr int MOST_ROWS = 6;       // rows that are multiplied by a panel at once
+constexpr int LONELY = 8;          // sequences a thread from which each thread has its own
+constexpr float LEAST = std::numeric_limits<float>::lowest();
 constexpr float EPSILON = 1e-6f;
 
 typedef float Vec __attribute__((vector_size(64), may_alias));
@@ -183,12 +199,26 @@ struct Brief {
 };
 #endif
 
+// A share of a pass: `sequences` from `first` on, which `threads` threads work on together; this is one of them.
+struct Part {
+    int64_t first, sequences;
+    int thread, threads;
+
+    int64_t begin(int64_t items) const { return items * thread / threads; }
+    int64_t end(int64_t items) const { return items * (thread + 1) / threads; }
+    void meet() const {
+        if (threads > 1) {
+#pragma omp barrier
+        }
+    }
+};
+
 // Rows (rows, depth) of `a`, `stride` apart, times this thread's panels; `then` gets row, first channel and two vectors.
 template <class T, class Then>
-void multiply(const typename T::Number* a, long stride, int rows, int depth, const void* weight, int channels, int thread,
-              int threads, Then then) {
+void multiply(const typename T::Number* a, long stride, int rows, int depth, const void* weight, int channels,
+              const Part& part, Then then) {
     const int panels = (channels + PANEL - 1) / PANEL;
-    for (int panel = panels * thread / threads; panel < panels * (thread + 1) / threads; ++panel) {
+    for (int panel = static_cast<int>(part.begin(panels)); panel < part.end(panels); ++panel) {
         const auto* packed = static_cast<const typename T::Number*>(weight) + static_cast<long>(panel) * depth * PANEL;
         auto some = [&](auto number, int first) {
             constexpr int ROWS = decltype(number)::value;
@@ -231,12 +261,12 @@ struct Pad {
 
 // This thread's sequences: normed = norm(x), mixed with the token before where there is a mix.
 template <class T>
-void norm_and_shift(const Model& m, const Pass& p, Pad<T>& pad, const float* mix, int layer, int which, float* own,
-                    int thread, int threads) {
+void norm_and_shift(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, const float* mix, int layer, int which,
+                    float* own) {
     const int dim = m.dim;
     const long place = static_cast<long>(layer) * 2 + which;
     float *now = own, *before = own + dim, *blend = own + 2 * dim;
-    for (int64_t b = p.batch * thread / threads; b < p.batch * (thread + 1) / threads; ++b) {
+    for (int64_t b = part.first + part.begin(part.sequences); b < part.first + part.end(part.sequences); ++b) {
         float* last = p.last + (place * p.batch + b) * dim;
         float* latest = p.latest ? p.latest + (place * p.batch + b) * (p.count + 1) * dim : nullptr;
         if (mix) std::memcpy(before, last, dim * sizeof(float));
@@ -264,22 +294,24 @@ void norm_and_shift(const Model& m, const Pass& p, Pad<T>& pad, const float* mix
 inline void turn(const float* from, const float* cosines, const float* sines, float* normed, float* to, int size) {
     normalize(from, normed, size);
     const int half = size / 2;
-    for (int i = 0; i < size; ++i) to[i] = normed[i] * cosines[i] + normed[i < half ? i + half : i - half] * sines[i];
+    for (int i = 0; i < half; ++i) to[i] = normed[i] * cosines[i] + normed[i + half] * sines[i];
+    for (int i = half; i < size; ++i) to[i] = normed[i] * cosines[i] + normed[i - half] * sines[i];
 }
 
 // This thread's heads: writes keys and values of the new tokens behind those in the cache, and mixes them all.
 template <class T>
-void attend(const Model& m, const Pass& p, Pad<T>& pad, int layer, float* own, int thread, int threads) {
+void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int layer, float* own) {
     using Number = typename T::Number;
     const int size = m.dim / m.heads, stride = padded(3 * m.dim);
     const Layer& weights = m.layer[layer];
     float *normed = own, *turned = own + size, *shares = own + 2 * size;
     Number* brief = reinterpret_cast<Number*>(own + 2 * size + p.chunks * LANES);
-    const int64_t items = p.batch * m.heads;
-    for (int64_t item = items * thread / threads; item < items * (thread + 1) / threads; ++item) {
-        const int64_t b = item / m.heads, h = item % m.heads;
-        Number* keys = static_cast<Number*>(p.keys) + (layer * items + item) * p.chunks * LANES * size;
-        Number* values = static_cast<Number*>(p.values) + (layer * items + item) * p.capacity * size;
+    const int64_t items = part.sequences * m.heads;
+    for (int64_t item = part.begin(items); item < part.end(items); ++item) {
+        const int64_t b = part.first + item / m.heads, h = item % m.heads;
+        const int64_t sequence = (layer * p.batch + b) * m.heads + h;
+        Number* keys = static_cast<Number*>(p.keys) + sequence * p.chunks * LANES * size;
+        Number* values = static_cast<Number*>(p.values) + sequence * p.capacity * size;
         for (int64_t j = 0; j < p.count; ++j) {
             const float* row = &pad.qkv[(b * p.count + j) * stride + h * size];
             const int64_t place = p.position + j, table = (p.slots[j] * 2 + 1) * size;
@@ -326,65 +358,167 @@ void attend(const Model& m, const Pass& p, Pad<T>& pad, int layer, float* own, i
     }
 }
 
+// The whole pass of one part. What it writes lies in rows of its own, so that parts needn't know of each other.
+template <class T>
+void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
+    const int dim = m.dim, hidden = m.hidden;
+    const int64_t first = part.first * p.count;
+    const int rows = static_cast<int>(part.sequences * p.count);
+    const long x_stride = padded(dim), qkv_stride = padded(3 * dim), inner_stride = padded(hidden);
+    float *x = &pad.x[first * x_stride], *qkv = &pad.qkv[first * qkv_stride];
+    auto *normed = &pad.normed[first * dim], *mixed = &pad.mixed[first * dim], *inner = &pad.inner[first * inner_stride];
+    std::vector<float> own(3 * dim + (p.chunks + 4) * LANES);
+    auto keep = [&](int row, int channel, Vec one, Vec two) {
+        store(qkv + row * qkv_stride + channel, one);
+        store(qkv + row * qkv_stride + channel + LANES, two);
+    };
+    auto add = [&](int row, int channel, Vec one, Vec two) {
+        float* to = x + row * x_stride + channel;
+        store(to, load(to) + one);
+        store(to + LANES, load(to + LANES) + two);
+    };
+    auto square = [&](int row, int channel, Vec one, Vec two) {
+        alignas(64) float squares[PANEL];
+        const Vec a = one > 0 ? one : Vec{}, b = two > 0 ? two : Vec{};
+        store(squares, a * a);
+        store(squares + LANES, b * b);
+        T::convert(squares, inner + row * inner_stride + channel, PANEL);
+    };
+    for (int64_t row = part.begin(rows); row < part.end(rows); ++row)
+        std::memcpy(x + row * x_stride, p.x + (first + row) * dim, dim * sizeof(float));
+    part.meet();
+    for (int index = 0; index < m.layers; ++index) {
+        const Layer& layer = m.layer[index];
+        norm_and_shift(m, p, part, pad, layer.attention_mix, index, 0, own.data());
+        part.meet();
+        multiply<T>(normed, dim, rows, dim, layer.qkv, 3 * dim, part, keep);
+        part.meet();
+        attend(m, p, part, pad, index, own.data());
+        part.meet();
+        multiply<T>(mixed, dim, rows, dim, layer.out, dim, part, add);
+        part.meet();
+        norm_and_shift(m, p, part, pad, layer.ffn_mix, index, 1, own.data());
+        part.meet();
+        multiply<T>(normed, dim, rows, dim, layer.up, hidden, part, square);
+        part.meet();
+        multiply<T>(inner, inner_stride, rows, hidden, layer.down, dim, part, add);
+        part.meet();
+    }
+    const int64_t outputs = p.only_last ? part.sequences : rows, first_output = p.only_last ? part.first : first;
+    for (int64_t i = part.begin(outputs); i < part.end(outputs); ++i)
+        normalize(x + (p.only_last ? (i + 1) * p.count - 1 : i) * x_stride, qkv + i * qkv_stride, dim);
+    part.meet();
+    multiply<Single>(qkv, qkv_stride, static_cast<int>(outputs), dim, m.head, m.vocab, part,
+                     [&](int row, int channel, Vec one, Vec two) {
+                         float* out = p.logits + (first_output + row) * m.vocab + channel;
+                         const int left = m.vocab - channel;
+                         for (int i = 0; i < PANEL && i < left; ++i) out[i] = i < LANES ? one[i] : two[i - LANES];
+                     });
+}
+
 template <class T>
 void run(const Model& m, const Pass& p) {
     static thread_local Pad<T> kept;
     Pad<T>& pad = kept;  // the caller's, for all threads
-    const int rows = static_cast<int>(p.batch * p.count), dim = m.dim, hidden = m.hidden;
-    const long x_stride = padded(dim), qkv_stride = padded(3 * dim), inner_stride = padded(hidden);
-    pad.fit(rows, m);
-    for (int row = 0; row < rows; ++row) std::memcpy(&pad.x[row * x_stride], p.x + static_cast<long>(row) * dim, dim * sizeof(float));
-    auto add = [&](int row, int channel, Vec first, Vec second) {
-        float* to = &pad.x[row * x_stride + channel];
-        store(to, load(to) + first);
-        store(to + LANES, load(to + LANES) + second);
-    };
+    pad.fit(static_cast<int>(p.batch * p.count), m);
 #pragma omp parallel num_threads(static_cast<int>(p.threads))
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        std::vector<float> own(3 * dim + (p.chunks + 4) * LANES);
-        for (int index = 0; index < m.layers; ++index) {
-            const Layer& layer = m.layer[index];
-            norm_and_shift(m, p, pad, layer.attention_mix, index, 0, own.data(), thread, threads);
-#pragma omp barrier
-            multiply<T>(pad.normed.data(), dim, rows, dim, layer.qkv, 3 * dim, thread, threads,
-                        [&](int row, int channel, Vec first, Vec second) {
-                            store(&pad.qkv[row * qkv_stride + channel], first);
-                            store(&pad.qkv[row * qkv_stride + channel + LANES], second);
-                        });
-#pragma omp barrier
-            attend(m, p, pad, index, own.data(), thread, threads);
-#pragma omp barrier
-            multiply<T>(pad.mixed.data(), dim, rows, dim, layer.out, dim, thread, threads, add);
-#pragma omp barrier
-            norm_and_shift(m, p, pad, layer.ffn_mix, index, 1, own.data(), thread, threads);
-#pragma omp barrier
-            multiply<T>(pad.normed.data(), dim, rows, dim, layer.up, hidden, thread, threads,
-                        [&](int row, int channel, Vec first, Vec second) {
-                            alignas(64) float squares[PANEL];
-                            const Vec a = first > 0 ? first : Vec{}, b = second > 0 ? second : Vec{};
-                            store(squares, a * a);
-                            store(squares + LANES, b * b);
-                            T::convert(squares, &pad.inner[row * inner_stride + channel], PANEL);
-                        });
-#pragma omp barrier
-            multiply<T>(pad.inner.data(), inner_stride, rows, hidden, layer.down, dim, thread, threads, add);
-#pragma omp barrier
+        if (p.batch >= LONELY * threads) {  // with enough work for each, nobody waits for anybody
+            const int64_t first = p.batch * thread / threads;
+            forward<T>(m, p, {first, p.batch * (thread + 1) / threads - first, 0, 1}, pad);
+        } else {
+            forward<T>(m, p, {0, p.batch, thread, threads}, pad);
         }
-        const int64_t wanted = p.only_last ? p.batch : rows;  // rows of logits
-        const int64_t from = wanted * thread / threads, to = wanted * (thread + 1) / threads;
-        for (int64_t i = from; i < to; ++i) {
-            const int64_t row = p.only_last ? (i + 1) * p.count - 1 : i;
-            normalize(&pad.x[row * x_stride], &pad.qkv[i * qkv_stride], dim);
-        }
-#pragma omp barrier
-        multiply<Single>(pad.qkv.data(), qkv_stride, static_cast<int>(wanted), dim, m.head, m.vocab, thread, threads,
-                         [&](int row, int channel, Vec first, Vec second) {
-                             float* out = p.logits + static_cast<long>(row) * m.vocab + channel;
-                             const int left = m.vocab - channel;
-                             for (int i = 0; i < PANEL && i < left; ++i) out[i] = i < LANES ? first[i] : second[i - LANES];
-                         });
     }
+}
+
+// Rows of logits are padded to whole vectors: with numbers that no sum and no search notices.
+inline int whole(int size) { return (size + LANES - 1) / LANES * LANES; }
+
+inline void pad_with(float* x, int size, float value) {
+    for (int i = size; i < whole(size); ++i) x[i] = value;
+}
+
+float largest_of(const float* x, int size) {
+    Vec best = load(x);
+    for (int i = LANES; i < size; i += LANES) best = load(x + i) > best ? load(x + i) : best;
+    return maximum(best);
+}
+
+int place_of_largest(const float* x, int size) {
+    const float largest = largest_of(x, size);
+    int place = 0;
+    while (place < size - 1 && x[place] != largest) ++place;
+    return place;
+}
+
+// to = e^(x - largest); returns its sum.
+float exponentials(const float* x, float largest, float* to, int size) {
+    Vec totals{};
+    for (int i = 0; i < size; i += LANES) {
+        const Vec value = exponential(load(x + i) - largest);
+        store(to + i, value);
+        totals += value;
+    }
+    return sum(totals);
+}
+
+// log p of one of the logits x (size); `space` holds as many, whole vectors.
+float log_likelihood(const float* x, int size, int chosen, float* space) {
+    std::memcpy(space, x, size * sizeof(float));
+    pad_with(space, size, -std::numeric_limits<float>::infinity());
+    const float largest = largest_of(space, size);
+    float total = exponentials(space, largest, space, size);
+    for (int i = size; i < whole(size); ++i) total -= space[i];
+    return x[chosen] - largest - std::log(total);
+}
+
+// The likeliest with its noise that the filters keep, as filters.choose_without_sorting finds it.
+int choose(const Choice& c, const float* scaled, const float* noise, float* noisy, float* weights) {
+    const int size = static_cast<int>(c.vocab);
+    const bool has_k = c.top_k > 0 && c.top_k < size, has_p = c.top_p < 1;
+    const float never = -std::numeric_limits<float>::infinity(), largest = largest_of(scaled, size);
+    const float least = c.min_p > 0 ? largest + std::log(c.min_p) : never;
+    float total = 0;
+    if (has_p) {
+        float smallest = never;
+        if (has_k) {
+            std::memcpy(weights, scaled, size * sizeof(float));
+            std::nth_element(weights, weights + c.top_k - 1, weights + size, std::greater<float>());
+            smallest = weights[c.top_k - 1];
+        }
+        exponentials(scaled, largest, weights, size);
+        Vec totals{};
+        for (int i = 0; i < size; i += LANES) {
+            const Vec kept = load(scaled + i) < smallest ? Vec{} : load(weights + i);
+            store(weights + i, kept);
+            totals += kept;
+        }
+        total = sum(totals);
+    }
+    for (int i = 0; i < size; ++i) noisy[i] = scaled[i] + noise[i];
+    pad_with(noisy, size, never);
+    for (int tries = 0; tries < size; ++tries) {
+        const int drawn = place_of_largest(noisy, size);
+        const float own = scaled[drawn];
+        bool is_kept = own >= least;
+        if (is_kept && has_k) {
+            IntVec likelier{};
+            for (int i = 0; i < size; i += LANES) likelier -= load(scaled + i) > own;
+            int count = 0;
+            for (int i = 0; i < LANES; ++i) count += likelier[i];
+            is_kept = count < c.top_k;
+        }
+        if (is_kept && has_p) {
+            Vec likelier{};
+            for (int i = 0; i < size; i += LANES) likelier += load(scaled + i) > own ? load(weights + i) : Vec{};
+            is_kept = sum(likelier) < c.top_p * total;
+        }
+        if (is_kept) return drawn;
+        noisy[drawn] = never;
+    }
+    return place_of_largest(scaled, size);
 }
 
 }  // namespace
@@ -404,5 +538,32 @@ void run_pass(const Model* model, const Pass* pass) {
     if (model->is_brief) return run<Brief>(*model, *pass);
 #endif
     run<Single>(*model, *pass);
+}
+
+void run_choice(const Choice* choice) {
+    const Choice& c = *choice;
+    const int size = static_cast<int>(c.vocab);
+    const int64_t rows = c.pictures * c.tokens;
+#pragma omp parallel num_threads(static_cast<int>(c.threads < rows ? c.threads : rows))
+    {
+        std::vector<float> scaled(whole(size)), noisy(whole(size)), weights(whole(size));
+        pad_with(scaled.data(), size, LEAST);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* conditional = c.conditional + row * size;
+            const float* null = c.null ? c.null + row * size : nullptr;
+            const float scale = c.scales[row % c.tokens];
+            for (int i = 0; i < size; ++i) {
+                const float value = null && scale != 1 ? null[i] + scale * (conditional[i] - null[i]) : conditional[i];
+                scaled[i] = c.temperature > 0 ? value / c.temperature : value;
+            }
+            const float* noise = c.noise + row / c.tokens * c.noise_stride + row % c.tokens * size;
+            const int drawn = c.temperature > 0 ? choose(c, scaled.data(), noise, noisy.data(), weights.data())
+                                                : place_of_largest(scaled.data(), size);
+            c.ids[row] = drawn;
+            c.likelihoods[row] = log_likelihood(conditional, size, drawn, noisy.data());
+            if (null) c.null_likelihoods[row] = log_likelihood(null, size, drawn, noisy.data());
+        }
+    }
 }
 }
