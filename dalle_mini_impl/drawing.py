@@ -20,7 +20,7 @@ from dalle_mini_impl.embed import Embedder, encode_pictures
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
 from dalle_mini_impl.pretrained_clip import PretrainedCLIP
 from dalle_mini_impl.rerank import score_pairs
-from dalle_mini_impl.sampling import Samples, resolve_precision, sample_rows, stream_rows
+from dalle_mini_impl.sampling import Samples, resolve_kernel, resolve_precision, sample_rows, stream_rows
 from dalle_mini_impl.sheet import to_pil
 from dalle_mini_impl.unclip import draw_embeddings, embedding_clip, has_prior
 from dalle_mini_impl.vae.model import DiscreteVAE
@@ -83,7 +83,7 @@ class PromptDrawer:
     def settings(self, **changes: Any) -> SamplingConfig:
         """The checkpoint's sampler settings with those changes that aren't None; ValueError for a bad one.
 
-        A precision of "auto" becomes the one that this device draws in, so that a replay elsewhere draws in it, too.
+        A precision and a kernel of "auto" become those that draw here, so that a replay elsewhere asks for them, too.
         """
         given = {name: value for name, value in changes.items() if value is not None}
         try:
@@ -99,7 +99,7 @@ class PromptDrawer:
                 "upscale out"
             )
         precision = resolve_precision(settings.precision, self.dalle.image_head.weight.device)
-        return settings.model_copy(update={"precision": precision})
+        return settings.model_copy(update={"precision": precision, "kernel": resolve_kernel(settings, self.dalle)})
 
     def __call__(
         self,

@@ -21,6 +21,7 @@ from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import FREE, Branches, FixedShapes, Noise, Partial, decode, null_log_likelihoods
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.layers.bag_attention import CHUNK
+from dalle_mini_impl.native.trunk import can_run
 from dalle_mini_impl.stream import Stream
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -268,12 +269,31 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
     return "bf16" if is_supported is not None and is_supported() else "fp32"
 
 
+def resolve_kernel(settings: SamplingConfig, dalle: DALLE) -> Literal["compiled", "torch"]:
+    """What draws: "auto" is compiled where it can be. Raises ValueError where it is asked for and can't be had."""
+    device = dalle.image_head.weight.device
+    if settings.kernel == "torch":
+        return "torch"
+    if can_run(dalle.config, device, _dtype(settings, device)):
+        return "compiled"
+    if settings.kernel == "compiled":
+        raise ValueError(
+            "the compiled kernel was asked for, but it needs a CPU, Linux, g++, and a model of full attention with "
+            "squared ReLU and heads of 16, 32, 48 … numbers: set kernel to auto or torch"
+        )
+    return "torch"
+
+
+def _dtype(settings: SamplingConfig, device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if resolve_precision(settings.precision, device) == "bf16" else torch.float32
+
+
 def _pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes) -> Engine:
     if dalle.training:
         raise ValueError("this DALLE is in training mode: call .eval() before sampling")
     device = dalle.image_head.weight.device
-    dtype = torch.bfloat16 if resolve_precision(settings.precision, device) == "bf16" else torch.float32
-    return Engine(dalle, dtype, is_plain=fixed is not None)
+    dtype = _dtype(settings, device)
+    return Engine(dalle, dtype, is_plain=fixed is not None, is_native=resolve_kernel(settings, dalle) == "compiled")
 
 
 def _check(

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from dalle_mini_impl.cli.app import VERBS, main
+from dalle_mini_impl.native import trunk
+from dalle_mini_impl.native.build import kernel
 from dalle_mini_impl.sheet import read_metadata, save_png
 from tests.tiny import tiny_checkpoint
 
@@ -277,6 +279,28 @@ def test_rerank_explains_what_it_cant_do(
     assert _run("rerank", "--checkpoint", checkpoint, *options) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_kernel_that_drew_is_written_down_and_replayed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = "torch" if kernel() is None else "compiled"
+    for asked, found in ((None, here), ("torch", "torch")):
+        out = tmp_path / str(asked)
+        options = ("--prompt", PROMPTS[0], "--candidates", 1, *([] if asked is None else ["--kernel", asked]))
+        assert _run("sample", "--checkpoint", checkpoint, "--out", out, *options) == 0
+        (line,) = _results(out)
+        facts = read_metadata(out / line["file"])
+        assert facts["settings"]["kernel"] == found
+        assert _run("replay", out / line["file"], "--checkpoint", checkpoint) == 0
+    del facts["settings"]["kernel"]  # as pictures had it before there was a choice
+    save_png(Image.open(out / line["file"]), tmp_path / "old.png", facts)
+    assert _run("replay", tmp_path / "old.png", "--checkpoint", checkpoint) == 0
+    monkeypatch.setattr(trunk, "kernel", lambda: None)
+    capsys.readouterr()
+    assert _run("sample", "--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--kernel", "compiled") == 2
+    error = capsys.readouterr().err
+    assert "set kernel to auto or torch" in error and error.count("\n") == 1
 
 
 def test_the_precision_that_was_drawn_in_is_written_down(checkpoint: Path, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype:
         assert torch.equal(_logits(engine, text, images, counts), whole), counts
     threads = torch.get_num_threads()
     try:
-        for other in (1, 2, 3, 5):  # up to three, each has sequences of its own
+        for other in (1, 2, 3, 5):
             torch.set_num_threads(other)
             assert torch.equal(_logits(engine, text, images, [3, *ONE_BY_ONE[:-3]]), whole), other
     finally:

@@ -41,7 +41,8 @@ def replay(
             f"{model.bundle.checkpoint_hash}: name the right one with --checkpoint"
         )
     try:
-        settings = SamplingConfig.model_validate(facts["settings"])
+        # Without a word about it, a picture is of a time when PyTorch's operations drew.
+        settings = SamplingConfig.model_validate({"kernel": "torch", **facts["settings"]})
     except ValidationError as error:
         raise ValueError(f"the settings inside {picture} are not those of this version: {error}") from None
     known = None if facts.get("known") is None else torch.tensor(facts["known"])

@@ -47,6 +47,9 @@ def sample(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16, or auto: bf16 where the device computes in it.")
     ] = None,
+    kernel: Annotated[
+        str | None, typer.Option(help="compiled, torch, or auto: code compiled on this machine where it can be.")
+    ] = None,
     upscale: Annotated[
         bool | None, typer.Option("--upscale", help="Pictures of twice the size, where the checkpoint has an upscaler.")
     ] = None,
@@ -93,6 +96,7 @@ def sample(
         top_p=top_p,
         min_p=min_p,
         precision=precision,
+        kernel=kernel,
         upscale=upscale,
         unclip=unclip,
         prior_guidance=prior_guidance,

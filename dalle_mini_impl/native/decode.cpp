@@ -66,7 +66,7 @@ namespace {
 constexpr int LANES = 16;          // numbers in a vector
 constexpr int PANEL = 2 * LANES;   // output channels that are computed together
 constexpr int MOST_ROWS = 6;       // rows that are multiplied by a panel at once
-constexpr int LONELY = 8;          // sequences a thread from which each thread has its own
+constexpr int AHEAD = 4096;        // bytes by which reading the cache is announced: pages end where guessing does
 constexpr float LEAST = std::numeric_limits<float>::lowest();
 constexpr float EPSILON = 1e-6f;
 
@@ -76,6 +76,8 @@ typedef float LooseVec __attribute__((vector_size(64), may_alias, aligned(4)));
 
 inline Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
+
+inline void announce(const void* address) { __builtin_prefetch(static_cast<const char*>(address) + AHEAD); }
 
 inline float sum(Vec v) {
     float total = 0;
@@ -141,7 +143,10 @@ struct Single {
     static Vec scores(const float* chunk, const float* query, int size) {
         Vec parts[4] = {};
         for (int i = 0; i < size; i += 4)
-            for (int part = 0; part < 4; ++part) parts[part] += query[i + part] * load(chunk + (i + part) * LANES);
+            for (int part = 0; part < 4; ++part) {
+                announce(chunk + (i + part) * LANES);
+                parts[part] += query[i + part] * load(chunk + (i + part) * LANES);
+            }
         return (parts[0] + parts[1]) + (parts[2] + parts[3]);
     }
 
@@ -187,6 +192,7 @@ struct Brief {
         for (int i = 0; i < size; i += 8)
             for (int part = 0; part < 4; ++part) {
                 const int k = i + 2 * part;
+                announce(chunk + k * LANES);
                 parts[part] = _mm512_dpbf16_ps(parts[part], pair(query + k), pairs(chunk + k * LANES));
             }
         return (Vec)_mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
@@ -199,17 +205,14 @@ struct Brief {
 };
 #endif
 
-// A share of a pass: `sequences` from `first` on, which `threads` threads work on together; this is one of them.
+// One of the threads that work on a pass together.
 struct Part {
-    int64_t first, sequences;
     int thread, threads;
 
     int64_t begin(int64_t items) const { return items * thread / threads; }
     int64_t end(int64_t items) const { return items * (thread + 1) / threads; }
     void meet() const {
-        if (threads > 1) {
 #pragma omp barrier
-        }
     }
 };
 
@@ -266,7 +269,7 @@ void norm_and_shift(const Model& m, const Pass& p, const Part& part, Pad<T>& pad
     const int dim = m.dim;
     const long place = static_cast<long>(layer) * 2 + which;
     float *now = own, *before = own + dim, *blend = own + 2 * dim;
-    for (int64_t b = part.first + part.begin(part.sequences); b < part.first + part.end(part.sequences); ++b) {
+    for (int64_t b = part.begin(p.batch); b < part.end(p.batch); ++b) {
         float* last = p.last + (place * p.batch + b) * dim;
         float* latest = p.latest ? p.latest + (place * p.batch + b) * (p.count + 1) * dim : nullptr;
         if (mix) std::memcpy(before, last, dim * sizeof(float));
@@ -306,12 +309,11 @@ void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int la
     const Layer& weights = m.layer[layer];
     float *normed = own, *turned = own + size, *shares = own + 2 * size;
     Number* brief = reinterpret_cast<Number*>(own + 2 * size + p.chunks * LANES);
-    const int64_t items = part.sequences * m.heads;
+    const int64_t items = p.batch * m.heads;
     for (int64_t item = part.begin(items); item < part.end(items); ++item) {
-        const int64_t b = part.first + item / m.heads, h = item % m.heads;
-        const int64_t sequence = (layer * p.batch + b) * m.heads + h;
-        Number* keys = static_cast<Number*>(p.keys) + sequence * p.chunks * LANES * size;
-        Number* values = static_cast<Number*>(p.values) + sequence * p.capacity * size;
+        const int64_t b = item / m.heads, h = item % m.heads;
+        Number* keys = static_cast<Number*>(p.keys) + (layer * items + item) * p.chunks * LANES * size;
+        Number* values = static_cast<Number*>(p.values) + (layer * items + item) * p.capacity * size;
         for (int64_t j = 0; j < p.count; ++j) {
             const float* row = &pad.qkv[(b * p.count + j) * stride + h * size];
             const int64_t place = p.position + j, table = (p.slots[j] * 2 + 1) * size;
@@ -345,8 +347,11 @@ void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int la
                 Vec sums[4] = {};
                 const Number* value = values + first;
                 if (width == 4) {
-                    for (int64_t i = 0; i < seen; ++i, value += size)
+                    for (int64_t i = 0; i < seen; ++i, value += size) {
+                        for (size_t line = 0; line < 4 * LANES * sizeof(Number); line += 64)
+                            announce(reinterpret_cast<const char*>(value) + line);
                         for (int v = 0; v < 4; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
+                    }
                 } else {
                     for (int64_t i = 0; i < seen; ++i, value += size)
                         for (int v = 0; v < width; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
@@ -358,15 +363,14 @@ void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int la
     }
 }
 
-// The whole pass of one part. What it writes lies in rows of its own, so that parts needn't know of each other.
+// One thread's part of a whole pass.
 template <class T>
 void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
     const int dim = m.dim, hidden = m.hidden;
-    const int64_t first = part.first * p.count;
-    const int rows = static_cast<int>(part.sequences * p.count);
+    const int rows = static_cast<int>(p.batch * p.count);
     const long x_stride = padded(dim), qkv_stride = padded(3 * dim), inner_stride = padded(hidden);
-    float *x = &pad.x[first * x_stride], *qkv = &pad.qkv[first * qkv_stride];
-    auto *normed = &pad.normed[first * dim], *mixed = &pad.mixed[first * dim], *inner = &pad.inner[first * inner_stride];
+    float *x = pad.x.data(), *qkv = pad.qkv.data();
+    auto *normed = pad.normed.data(), *mixed = pad.mixed.data(), *inner = pad.inner.data();
     std::vector<float> own(3 * dim + (p.chunks + 4) * LANES);
     auto keep = [&](int row, int channel, Vec one, Vec two) {
         store(qkv + row * qkv_stride + channel, one);
@@ -385,7 +389,7 @@ void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
         T::convert(squares, inner + row * inner_stride + channel, PANEL);
     };
     for (int64_t row = part.begin(rows); row < part.end(rows); ++row)
-        std::memcpy(x + row * x_stride, p.x + (first + row) * dim, dim * sizeof(float));
+        std::memcpy(x + row * x_stride, p.x + row * dim, dim * sizeof(float));
     part.meet();
     for (int index = 0; index < m.layers; ++index) {
         const Layer& layer = m.layer[index];
@@ -404,13 +408,13 @@ void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
         multiply<T>(inner, inner_stride, rows, hidden, layer.down, dim, part, add);
         part.meet();
     }
-    const int64_t outputs = p.only_last ? part.sequences : rows, first_output = p.only_last ? part.first : first;
+    const int64_t outputs = p.only_last ? p.batch : rows;
     for (int64_t i = part.begin(outputs); i < part.end(outputs); ++i)
         normalize(x + (p.only_last ? (i + 1) * p.count - 1 : i) * x_stride, qkv + i * qkv_stride, dim);
     part.meet();
     multiply<Single>(qkv, qkv_stride, static_cast<int>(outputs), dim, m.head, m.vocab, part,
                      [&](int row, int channel, Vec one, Vec two) {
-                         float* out = p.logits + (first_output + row) * m.vocab + channel;
+                         float* out = p.logits + static_cast<int64_t>(row) * m.vocab + channel;
                          const int left = m.vocab - channel;
                          for (int i = 0; i < PANEL && i < left; ++i) out[i] = i < LANES ? one[i] : two[i - LANES];
                      });
@@ -424,12 +428,7 @@ void run(const Model& m, const Pass& p) {
 #pragma omp parallel num_threads(static_cast<int>(p.threads))
     {
         const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        if (p.batch >= LONELY * threads) {  // with enough work for each, nobody waits for anybody
-            const int64_t first = p.batch * thread / threads;
-            forward<T>(m, p, {first, p.batch * (thread + 1) / threads - first, 0, 1}, pad);
-        } else {
-            forward<T>(m, p, {0, p.batch, thread, threads}, pad);
-        }
+        forward<T>(m, p, {thread, threads}, pad);
     }
 }
 
@@ -553,10 +552,14 @@ void run_choice(const Choice* choice) {
             const float* conditional = c.conditional + row * size;
             const float* null = c.null ? c.null + row * size : nullptr;
             const float scale = c.scales[row % c.tokens];
-            for (int i = 0; i < size; ++i) {
-                const float value = null && scale != 1 ? null[i] + scale * (conditional[i] - null[i]) : conditional[i];
-                scaled[i] = c.temperature > 0 ? value / c.temperature : value;
+            float* to = scaled.data();
+            if (null && scale != 1) {
+                for (int i = 0; i < size; ++i) to[i] = null[i] + scale * (conditional[i] - null[i]);
+            } else {
+                std::memcpy(to, conditional, size * sizeof(float));
             }
+            if (c.temperature > 0 && c.temperature != 1)
+                for (int i = 0; i < size; ++i) to[i] /= c.temperature;
             const float* noise = c.noise + row / c.tokens * c.noise_stride + row % c.tokens * size;
             const int drawn = c.temperature > 0 ? choose(c, scaled.data(), noise, noisy.data(), weights.data())
                                                 : place_of_largest(scaled.data(), size);
