@@ -90,7 +90,7 @@ def stream_tokens(
     if fixed is not None and not engine.is_plain:
         raise ValueError(f"steps of one shape ({fixed}) need an engine made with is_plain=True")
     if window is None:
-        window = 1 if fixed is not None else default_window(len(rows), engine.device)
+        window = 1 if fixed is not None else default_window(len(rows), engine)
     return decode(branches, noise, settings, known, window, fixed)
 
 
@@ -250,13 +250,13 @@ def _micro_batches(stream: Stream, text_ids: Tensor, rows: Rows, batch_size: int
             yield places[first : first + batch_size]
 
 
-def default_window(num_rows: int, device: torch.device) -> int:
-    """Tokens to guess in one pass: 8 on the CPU for one or two pictures, else 1.
+def default_window(num_rows: int, engine: Engine) -> int:
+    """Tokens to guess in one pass: 8 on the CPU for one picture, where PyTorch's operations draw for two, else 1.
 
-    With more pictures, fewer guesses are right in all of them at once, and larger passes take longer: for two it saves
-    a tenth, for four nothing (docs/benchmarks.md).
+    With more pictures, fewer guesses are right in all of them at once, and larger passes take longer
+    (docs/benchmarks.md).
     """
-    return 8 if device.type == "cpu" and num_rows <= 2 else 1
+    return 8 if engine.device.type == "cpu" and num_rows <= (1 if engine.is_native else 2) else 1
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
