@@ -123,17 +123,18 @@ def _plot(shape: Shape, machine: Machine, results: list[Result], path: Path) -> 
     from dalle_mini_impl.cli.curve import load_matplotlib
     from dalle_mini_impl.files import naming
 
-    figure = load_matplotlib().Figure(figsize=(8, 5), layout="constrained")
+    figure = load_matplotlib().Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     sizes = sorted({result.batch for result in results})
     for dtype, style in ((torch.bfloat16, "--"), (torch.float32, ":")):
         limit = [n * shape.num_image_tokens / least_seconds(shape, machine, n, True, dtype) for n in sizes]
         axes.plot(sizes, limit, style, color="black", label=f"roofline, {str(dtype).removeprefix('torch.')}")
-    for name in dict.fromkeys(result.name for result in results):
+    for index, name in enumerate(dict.fromkeys(result.name for result in results)):
         own = [result for result in results if result.name == name]
-        axes.plot([r.batch for r in own], [r.tokens_per_sec for r in own], marker="o", label=name)
+        marker = "os"[index // 10 % 2]  # there are ten colours
+        axes.plot([r.batch for r in own], [r.tokens_per_sec for r in own], marker=marker, color=f"C{index}", label=name)
     axes.set(xscale="log", yscale="log", xlabel="pictures drawn at once", ylabel="image tokens per second")
     axes.set_title(f"{shape} on {machine.device}, {machine.threads} threads", fontsize=9)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     with naming(path):
         figure.savefig(path, dpi=120)
