@@ -38,11 +38,11 @@ struct Model {
     const float* head;
 };
 
-// All contiguous. x (batch, count, dim) is overwritten. keys (layers, batch, heads, chunks, …), values (layers, batch,
+// All contiguous. x (batch, count, dim). keys (layers, batch, heads, chunks, …), values (layers, batch,
 // heads, capacity, head_dim), last (layers, 2, batch, dim), latest the same with (count + 1) before dim, or null.
 // slots (count): rows of the tables. logits (batch, count, vocab), or (batch, vocab) of the last tokens alone.
 struct Pass {
-    float* x;
+    const float* x;
     void *keys, *values;
     float *last, *latest, *logits;
     const int64_t* slots;
@@ -66,6 +66,7 @@ namespace {
 constexpr int LANES = 16;          // numbers in a vector
 constexpr int PANEL = 2 * LANES;   // output channels that are computed together
 constexpr int MOST_ROWS = 6;       // rows that are multiplied by a panel at once
+constexpr int BLOCK = 4 * MOST_ROWS;  // rows that a thread takes at a time
 constexpr int AHEAD = 4096;        // bytes by which reading the cache is announced: pages end where guessing does
 constexpr float LEAST = std::numeric_limits<float>::lowest();
 constexpr float EPSILON = 1e-6f;
@@ -216,12 +217,15 @@ struct Part {
     }
 };
 
-// Rows (rows, depth) of `a`, `stride` apart, times this thread's panels; `then` gets row, first channel and two vectors.
+// Rows (rows, depth) of `a`, `stride` apart, times a weight; `then` gets row, first channel and two vectors. Threads share
+// out panels and, where there are many, rows.
 template <class T, class Then>
 void multiply(const typename T::Number* a, long stride, int rows, int depth, const void* weight, int channels,
               const Part& part, Then then) {
-    const int panels = (channels + PANEL - 1) / PANEL;
-    for (int panel = static_cast<int>(part.begin(panels)); panel < part.end(panels); ++panel) {
+    const int panels = (channels + PANEL - 1) / PANEL, blocks = (rows + BLOCK - 1) / BLOCK;
+    for (int64_t item = part.begin(panels * blocks); item < part.end(panels * blocks); ++item) {
+        const int panel = static_cast<int>(item / blocks), begin = static_cast<int>(item % blocks) * BLOCK;
+        const int end = begin + BLOCK < rows ? begin + BLOCK : rows;
         const auto* packed = static_cast<const typename T::Number*>(weight) + static_cast<long>(panel) * depth * PANEL;
         auto some = [&](auto number, int first) {
             constexpr int ROWS = decltype(number)::value;
@@ -229,9 +233,9 @@ void multiply(const typename T::Number* a, long stride, int rows, int depth, con
             T::template multiply<ROWS>(a + first * stride, stride, packed, depth, sums);
             for (int row = 0; row < ROWS; ++row) then(first + row, panel * PANEL, sums[row][0], sums[row][1]);
         };
-        int row = 0;
-        for (; row + MOST_ROWS <= rows; row += MOST_ROWS) some(std::integral_constant<int, MOST_ROWS>{}, row);
-        switch (rows - row) {
+        int row = begin;
+        for (; row + MOST_ROWS <= end; row += MOST_ROWS) some(std::integral_constant<int, MOST_ROWS>{}, row);
+        switch (end - row) {
             case 5: some(std::integral_constant<int, 5>{}, row); break;
             case 4: some(std::integral_constant<int, 4>{}, row); break;
             case 3: some(std::integral_constant<int, 3>{}, row); break;

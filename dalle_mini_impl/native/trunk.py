@@ -167,7 +167,7 @@ class NativeTrunk:
             chunks=cache.keys.shape[3],
             capacity=cache.capacity,
             only_last=only_last,
-            threads=torch.get_num_threads(),
+            threads=min(torch.get_num_threads(), max(self.dim // PANEL, batch * count)),  # more would only wait
         )
         self._run(ctypes.byref(self._model), ctypes.byref(the_pass))
         cache.advance(count)
