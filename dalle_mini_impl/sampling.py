@@ -278,8 +278,8 @@ def resolve_kernel(settings: SamplingConfig, dalle: DALLE) -> Literal["compiled"
         return "compiled"
     if settings.kernel == "compiled":
         raise ValueError(
-            "the compiled kernel was asked for, but it needs a CPU, Linux, g++, and a model of full attention with "
-            "squared ReLU and heads of 16, 32, 48 … numbers: set kernel to auto or torch"
+            "the compiled kernel was asked for, but it needs a CPU with AVX-512, Linux, g++, and a model of full "
+            "attention with squared ReLU and heads of 16, 32, 48 … numbers: set kernel to auto or torch"
         )
     return "torch"
 

@@ -238,6 +238,8 @@ def _kernel_in(environment: dict[str, str]) -> tuple[str, str]:
 
 
 def test_without_a_compiler_or_room_or_wish_there_is_no_kernel_and_one_line_says_why(tmp_path: Path) -> None:
+    if sys.platform != "linux" or b"avx512f" not in build._processor().split():
+        pytest.skip("only compiled on Linux, for AVX-512")
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "decode.cpp: no such processor" >&2\nexit 1\n')
     broken.chmod(0o755)
@@ -248,12 +250,22 @@ def test_without_a_compiler_or_room_or_wish_there_is_no_kernel_and_one_line_says
         ({"CXX": str(broken), "XDG_CACHE_HOME": str(tmp_path / "cache")}, "no such processor"),
         ({"XDG_CACHE_HOME": str(file)}, "Not a directory"),
     ):
-        if sys.platform != "linux":
-            pytest.skip("only compiled on Linux")
         found, said = _kernel_in(environment)
         assert found == "None" and reason in said, environment
     found, said = _kernel_in({build.SWITCH: "0"})
     assert (found, said) == ("None", "")
+
+
+def test_a_processor_with_shorter_vectors_is_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    monkeypatch.setattr(build, "_processor", lambda: b"flags : sse2 avx2 fma")
+    monkeypatch.setattr(build, "_compiled", lambda _: pytest.fail("compiled for nothing"))
+    with caplog.at_level("INFO", "dalle_mini_impl"):
+        assert build.kernel.__wrapped__() is None
+    assert "made for processors with AVX-512" in caplog.text
 
 
 def test_an_engine_without_the_kernel_draws_on(monkeypatch: pytest.MonkeyPatch) -> None:

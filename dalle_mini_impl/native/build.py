@@ -25,11 +25,15 @@ _TIMEOUT_SEC = 120
 
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it isn't wanted or can't be had: no Linux, no g++, no room to write.
+    """The compiled kernel, or None where it isn't wanted or can't be had: no Linux, AVX-512, g++ or room to write.
 
-    Compiling takes a few seconds, the first time on a machine; what comes out is kept in $XDG_CACHE_HOME.
+    Compiling takes a few seconds, the first time on a machine; what comes out is kept in $XDG_CACHE_HOME. Processors
+    without vectors of 16 numbers are left to PyTorch's operations, which are several times as fast there.
     """
     if os.environ.get(SWITCH, "1") == "0" or sys.platform != "linux":
+        return None
+    if b"avx512f" not in _processor().split():
+        logger.info("decoding runs in PyTorch's operations, since its kernel is made for processors with AVX-512")
         return None
     try:
         return ctypes.CDLL(str(_compiled(cache_folder())))
