@@ -42,8 +42,8 @@ class Engine:
 
     dtype: of weights, activations and cache; default that of the model. Logits are float32 in any case: guidance
     enlarges their differences. is_plain: without the CPU's own kernels, in operations that torch.compile can fuse and
-    `step_in_place` needs; always so elsewhere. is_native: whether whole passes run in compiled code (`native`); default
-    where that can be had, False never. Later changes of the model don't reach it.
+    `step_in_place` needs; always so elsewhere. is_native: run whole passes in compiled code (`native`) where that can
+    be had. Later changes of the model don't reach it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         *,
         is_plain: bool = False,
-        is_native: bool | None = None,
+        is_native: bool = True,
     ) -> None:
         self.dalle = dalle
         self.stream = dalle.stream
@@ -66,7 +66,7 @@ class Engine:
         with torch.no_grad():
             weights = [self._folded(block) for block in dalle.blocks if isinstance(block, Block)]
             head = (dalle.image_head.weight * dalle.final_norm.weight).float().contiguous()
-            if is_native is not False and not self.is_plain and can_run(dalle.config, self.device, self.dtype):
+            if is_native and not self.is_plain and can_run(dalle.config, self.device, self.dtype):
                 self._cache_type, self._layers = NativeCache, []
                 self._native = NativeTrunk(weights, head, dalle.config.heads, self.dtype)
             else:
@@ -74,20 +74,20 @@ class Engine:
                 self._head = PackedLinear(head, is_packed=not self.is_plain)
             self._all_slots = torch.arange(len(dalle.rope_cos), device=self.device)
             self._input_dtype = self.dtype if self._native is None else torch.float32
-            self._image_embedding = self._as_input(dalle.image_embedding.weight)
-            self._places = self._as_input(dalle.place_embedding(0, self.stream.num_image_tokens))  # (N, dim)
-            self._above = None if dalle.above is None else self._as_input(dalle.above.weight)  # (V + 1, dim)
+            self._image_embedding = self._cast(dalle.image_embedding.weight, self._input_dtype)
+            places = dalle.place_embedding(0, self.stream.num_image_tokens)  # (N, dim)
+            self._places = self._cast(places, self._input_dtype)
+            self._above = (
+                None if dalle.above is None else self._cast(dalle.above.weight, self._input_dtype)
+            )  # (V + 1, dim)
 
     @property
     def is_native(self) -> bool:
         """Whether whole passes run in compiled code."""
         return self._native is not None
 
-    def _cast(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self.dtype, copy=True).contiguous()
-
-    def _as_input(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self._input_dtype, copy=True).contiguous()
+    def _cast(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return weight.detach().to(dtype or self.dtype, copy=True).contiguous()
 
     def _linear(self, weight: Tensor) -> PackedLinear:
         return PackedLinear(self._cast(weight), is_packed=not self.is_plain)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.stream import Stream
-from tests.tiny import randomize
+from tests.tiny import randomize, some_captions
 
 STREAM = Stream(text_length=6, grid_size=3, text_vocab=20, image_vocab=11)
 N = STREAM.num_image_tokens
@@ -23,11 +22,6 @@ def _dalle(num_views: int = 1, **values: object) -> DALLE:
     return dalle.eval()
 
 
-def _captions() -> Tensor:
-    pieces: list[list[int]] = [[7, 9], [7, 8, 9, 10], []]
-    return torch.tensor([*(STREAM.fit_caption(ids)[0] for ids in pieces), STREAM.null_caption().tolist()])
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[1] * (N - 1), [N - 1], [2, 1, 4, 1]], ids=str)
 @pytest.mark.parametrize(
@@ -35,7 +29,7 @@ def _captions() -> Tensor:
 )
 def test_packed_logits_equal_those_of_the_whole_stream(values: dict[str, object], chunks: list[int]) -> None:
     for num_views in (1, 2):
-        dalle, text, images = _dalle(num_views, **values), _captions(), torch.randint(0, 11, (4, N))
+        dalle, text, images = _dalle(num_views, **values), some_captions(STREAM), torch.randint(0, 11, (4, N))
         expected = dalle(text, images)[1]
         logits, cache = Engine(dalle).prefill(text)
         assert torch.allclose(logits, expected[:, 0], atol=1e-5)
@@ -58,7 +52,7 @@ def test_short_captions_stand_where_the_stream_puts_them() -> None:
 
 @torch.no_grad()
 def test_bf16_stays_near_and_in_its_own_type() -> None:
-    dalle, text, images = _dalle(), _captions(), torch.randint(0, 11, (4, N))
+    dalle, text, images = _dalle(), some_captions(STREAM), torch.randint(0, 11, (4, N))
     expected = dalle(text, images)[1]
     engine = Engine(dalle, torch.bfloat16)
     logits, cache = engine.prefill(text)
@@ -70,7 +64,7 @@ def test_bf16_stays_near_and_in_its_own_type() -> None:
 
 @torch.no_grad()
 def test_packing_copies_the_weights() -> None:
-    dalle, text = _dalle(), _captions()
+    dalle, text = _dalle(), some_captions(STREAM)
     engine = Engine(dalle)
     before = engine.prefill(text)[0]
     for block in dalle.blocks:
@@ -81,7 +75,7 @@ def test_packing_copies_the_weights() -> None:
 
 @torch.no_grad()
 def test_an_outer_autocast_changes_nothing() -> None:
-    dalle, text = _dalle(), _captions()
+    dalle, text = _dalle(), some_captions(STREAM)
     engine = Engine(dalle)
     with torch.autocast("cpu", torch.bfloat16):
         inside = engine.prefill(text)[0]

@@ -20,7 +20,7 @@ from dalle_mini_impl.layers.masks import column_mask, conv_mask, full_mask, row_
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.sampling import stream_tokens
 from dalle_mini_impl.stream import NULL, Stream
-from tests.tiny import randomize
+from tests.tiny import randomize, some_captions
 
 STREAM = Stream(text_length=6, grid_size=4, text_vocab=20, image_vocab=11)
 N = STREAM.num_image_tokens
@@ -147,11 +147,6 @@ def _dalle(**values: Any) -> DALLE:
     return dalle.eval()
 
 
-def _captions() -> Tensor:
-    pieces: list[list[int]] = [[7, 9], [7, 8, 9, 10], []]
-    return torch.tensor([*(STREAM.fit_caption(ids)[0] for ids in pieces), STREAM.null_caption().tolist()])
-
-
 def _images(batch: int = 4) -> Tensor:
     return torch.randint(0, STREAM.image_vocab, (batch, N), generator=torch.Generator().manual_seed(0))
 
@@ -160,7 +155,7 @@ def _images(batch: int = 4) -> Tensor:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_layer_reads_just_the_cells_of_its_pattern(pattern: AttentionPattern) -> None:
     dalle = _dalle(attention=[pattern], layers=1, token_shift=False)
-    text, images = _captions()[:1], _images(1)
+    text, images = some_captions(STREAM)[:1], _images(1)
     before = dalle(text, images)[1][0]
     mask = stream_mask(STREAM, pattern, 3)[STREAM.text_length :, STREAM.text_length :]
     for cell in range(N - 1):
@@ -168,7 +163,7 @@ def test_a_layer_reads_just_the_cells_of_its_pattern(pattern: AttentionPattern) 
         changed[0, cell] = (changed[0, cell] + 1) % STREAM.image_vocab
         moved = (dalle(text, changed)[1][0] - before).abs().amax(dim=1) > 1e-5
         assert moved[1:].tolist() == mask[:, cell].tolist()  # the output behind cell i predicts cell i + 1
-    moved = (dalle(_captions()[1:2], images)[1][0] - before).abs().amax(dim=1) > 1e-5
+    moved = (dalle(some_captions(STREAM)[1:2], images)[1][0] - before).abs().amax(dim=1) > 1e-5
     assert moved.all()
 
 
@@ -176,7 +171,7 @@ def test_a_layer_reads_just_the_cells_of_its_pattern(pattern: AttentionPattern) 
 @pytest.mark.parametrize("values", MODELS, ids=str)
 @pytest.mark.parametrize("chunks", [[1] * (N - 1), [N - 1], [2, 1, 7, 5]], ids=str)
 def test_cached_and_packed_logits_equal_those_of_the_whole_stream(values: dict[str, Any], chunks: list[int]) -> None:
-    dalle, text, images = _dalle(**values), _captions(), _images()
+    dalle, text, images = _dalle(**values), some_captions(STREAM), _images()
     for captions in (text, torch.full_like(text, NULL), text[:, :4]):  # both branches, and fewer slots
         expected = dalle(captions, images)[1]
         for model in (dalle, Engine(dalle), Engine(dalle, is_plain=True)):
@@ -192,7 +187,7 @@ def test_cached_and_packed_logits_equal_those_of_the_whole_stream(values: dict[s
 @torch.no_grad()
 @pytest.mark.parametrize("values", MODELS, ids=str)
 def test_tokens_taken_back_leave_no_trace(values: dict[str, Any]) -> None:
-    dalle, text, images = _dalle(**values), _captions(), _images()
+    dalle, text, images = _dalle(**values), some_captions(STREAM), _images()
     expected = dalle(text, images)[1]
     for model in (dalle, Engine(dalle)):
         _, cache = model.prefill(text)
@@ -205,7 +200,7 @@ def test_tokens_taken_back_leave_no_trace(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize("values", MODELS, ids=str)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_the_sampler_draws_what_the_slow_reference_draws(values: dict[str, Any], guidance: float) -> None:
-    dalle, text, prompt = _dalle(**values), _captions()[:1], "a red circle"
+    dalle, text, prompt = _dalle(**values), some_captions(STREAM)[:1], "a red circle"
     settings = SamplingConfig(guidance=guidance, top_k=8, precision="fp32")
     noise = gumbel_noise(torch.tensor([noise_key(2, prompt)]).expand(3), torch.arange(3), torch.arange(N), 11)
     slow = dalle.generate(
@@ -224,7 +219,7 @@ def test_the_sampler_draws_what_the_slow_reference_draws(values: dict[str, Any],
 @pytest.mark.parametrize("values", MODELS, ids=str)
 def test_every_parameter_learns(values: dict[str, Any]) -> None:
     dalle = _dalle(**values)
-    losses = dalle.loss(_captions(), _images())
+    losses = dalle.loss(some_captions(STREAM), _images())
     losses.total(0.125, losses.num_text, losses.num_image).backward()
     assert [name for name, p in dalle.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -232,7 +227,7 @@ def test_every_parameter_learns(values: dict[str, Any]) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("values", MODELS, ids=str)
 def test_the_loss_is_that_of_the_logits(values: dict[str, Any]) -> None:
-    dalle, text, images = _dalle(**values), _captions(), _images()
+    dalle, text, images = _dalle(**values), some_captions(STREAM), _images()
     logits = dalle(text, images)[1]
     expected = -logits.log_softmax(dim=-1).gather(2, images[:, :, None]).sum()
     assert dalle.loss(text, images).image_nll_sum.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -241,7 +236,7 @@ def test_the_loss_is_that_of_the_logits(values: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_learned_positions_are_those_of_a_token_s_own_cell() -> None:
     dalle = _dalle(positions="learned", token_shift=False)
-    text, images = _captions()[:1], _images(1)
+    text, images = some_captions(STREAM)[:1], _images(1)
     before = dalle.embed(text, images[:, :-1])[0]
     dalle.target_row.weight[2] += 1.0
     dalle.target_column.weight[3] += 10.0

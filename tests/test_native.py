@@ -22,7 +22,7 @@ from dalle_mini_impl.native.choice import choose as native_choose
 from dalle_mini_impl.native.trunk import NativeCache, can_run, pack
 from dalle_mini_impl.sampling import stream_tokens
 from dalle_mini_impl.stream import Stream
-from tests.tiny import randomize
+from tests.tiny import randomize, some_captions
 
 STREAM = Stream(text_length=6, grid_size=5, text_vocab=20, image_vocab=43)
 N = STREAM.num_image_tokens
@@ -37,11 +37,6 @@ def _dalle(**values: object) -> DALLE:
     dalle = DALLE(DALLEConfig.model_validate({"dim": 32, "layers": 2, "heads": 2, **values}), STREAM)
     randomize(dalle)
     return dalle.eval()
-
-
-def _captions() -> Tensor:
-    pieces: list[list[int]] = [[7, 9], [7, 8, 9, 10], []]
-    return torch.tensor([*(STREAM.fit_caption(ids)[0] for ids in pieces), STREAM.null_caption().tolist()])
 
 
 def _images(batch: int = 4) -> Tensor:
@@ -75,7 +70,7 @@ MODELS = [
 @pytest.mark.parametrize("counts", [ONE_BY_ONE, [N - 1], [2, 1, 17, 4]], ids=["one by one", "at once", "some"])
 @pytest.mark.parametrize("values", MODELS, ids=str)
 def test_logits_equal_those_of_the_whole_stream(values: dict[str, object], counts: list[int]) -> None:
-    dalle, text, images = _dalle(**values), _captions(), _images()
+    dalle, text, images = _dalle(**values), some_captions(STREAM), _images()
     with torch.no_grad():
         expected = dalle(text, images)[1]
     assert torch.allclose(_logits(Engine(dalle), text, images, counts), expected, atol=1e-5)
@@ -85,7 +80,7 @@ def test_logits_equal_those_of_the_whole_stream(values: dict[str, object], count
 @pytest.mark.skipif(len(TYPES) < 2, reason="this processor doesn't multiply bf16")
 @pytest.mark.parametrize("values", MODELS, ids=str)
 def test_bf16_is_as_near_as_pytorch_s_operations_in_bf16(values: dict[str, object]) -> None:
-    dalle, text, images = _dalle(**values), _captions(), _images()
+    dalle, text, images = _dalle(**values), some_captions(STREAM), _images()
     with torch.no_grad():
         expected = dalle(text, images)[1]
         ours = _logits(Engine(dalle, torch.bfloat16), text, images, [N - 1])
@@ -99,7 +94,7 @@ def test_bf16_is_as_near_as_pytorch_s_operations_in_bf16(values: dict[str, objec
 @compiled
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype: torch.dtype) -> None:
-    engine, text, images = Engine(_dalle(above_embedding=True), dtype), _captions().repeat(6, 1), _images(24)
+    engine, text, images = Engine(_dalle(above_embedding=True), dtype), some_captions(STREAM).repeat(6, 1), _images(24)
     whole = _logits(engine, text, images, ONE_BY_ONE)
     for rows in ([0], [3, 5], [1, 2, 3, 4, 5, 6, 7]):
         assert torch.equal(_logits(engine, text[rows], images[rows], ONE_BY_ONE), whole[rows]), rows
@@ -118,7 +113,7 @@ def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
-    engine, text, images = Engine(_dalle(), dtype), _captions(), _images()
+    engine, text, images = Engine(_dalle(), dtype), some_captions(STREAM), _images()
     expected = _logits(engine, text, images, ONE_BY_ONE)
     _, cache = engine.prefill(text)
     wrong = (images + 1) % STREAM.image_vocab
@@ -135,7 +130,7 @@ def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
 @compiled
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_pictures_are_the_same_alone_together_and_by_guessing_ahead(dtype: torch.dtype) -> None:
-    engine, text = Engine(_dalle(above_embedding=True), dtype), _captions()[:1]
+    engine, text = Engine(_dalle(above_embedding=True), dtype), some_captions(STREAM)[:1]
     settings = SamplingConfig(guidance=3.0, guidance_schedule="linear", top_p=0.9)
 
     def draw(candidates: list[int], window: int) -> Tensor:
@@ -184,7 +179,7 @@ def test_what_is_chosen_is_what_the_filters_choose(values: dict[str, float], is_
 
 @compiled
 def test_a_pass_beyond_the_cache_is_refused() -> None:
-    engine, text, images = Engine(_dalle()), _captions(), _images()
+    engine, text, images = Engine(_dalle()), some_captions(STREAM), _images()
     _, cache = engine.prefill(text)
     assert isinstance(cache, NativeCache) and engine._native is not None
     with pytest.raises(ValueError, match=f"holds {cache.capacity} tokens; {cache.length + 26} were asked for"):
@@ -198,7 +193,7 @@ def test_a_pass_beyond_the_cache_is_refused() -> None:
 def test_other_models_are_left_to_pytorch(values: dict[str, object]) -> None:
     dalle = _dalle(**values)
     assert not can_run(dalle.config, CPU, torch.float32)
-    text, images = _captions(), _images()
+    text, images = some_captions(STREAM), _images()
     with torch.no_grad():
         engine = Engine(dalle)
         logits = engine.extend(images[:, :-1], engine.prefill(text)[1])
@@ -269,7 +264,7 @@ def test_a_processor_with_shorter_vectors_is_left_to_pytorch(
 
 
 def test_an_engine_without_the_kernel_draws_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    dalle, text, images = _dalle(), _captions(), _images()
+    dalle, text, images = _dalle(), some_captions(STREAM), _images()
     monkeypatch.setattr(trunk, "kernel", lambda: None)
     engine = Engine(dalle)
     assert engine._native is None

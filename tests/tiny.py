@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dalle_mini_impl.config import Recipe
 from dalle_mini_impl.pretrained import (
@@ -19,6 +19,7 @@ from dalle_mini_impl.pretrained import (
     save_bundle,
 )
 from dalle_mini_impl.prior import Prior
+from dalle_mini_impl.stream import Stream
 from dalle_mini_impl.text import TextTokenizer
 
 TINY_VALUES = {
@@ -45,6 +46,12 @@ TINY_CAPTIONS = ["a red circle", "a blue square above a green triangle", "two sm
 def tiny_recipe(*overrides: str) -> Recipe:
     """A recipe of 16 px pictures, 4×4 tokens of 32 codes and 16 text slots."""
     return Recipe.parse(TINY_VALUES, overrides)
+
+
+def some_captions(stream: Stream) -> Tensor:
+    """A padded caption, a longer one, an empty and the null caption, (4, T) ids."""
+    pieces: list[list[int]] = [[7, 9], [7, 8, 9, 10], []]
+    return torch.tensor([*(stream.fit_caption(ids)[0] for ids in pieces), stream.null_caption().tolist()])
 
 
 def randomize(model: nn.Module, seed: int = 0, scale: float = 1.0) -> None:

@@ -34,6 +34,7 @@ class KVCache:
     latest: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
     """By layer and shift: (B, n + 1, dim), the latest n > 1 tokens appended at once and the one ahead of them."""
     _room: ClassVar[Callable[..., Tensor]] = staticmethod(torch.zeros)
+    _last_dtype: ClassVar[torch.dtype | None] = None  # of `last`; None: that of keys and values
 
     @classmethod
     def allocate(
@@ -52,7 +53,7 @@ class KVCache:
         return cls(
             keys=cls._room(cls._keys_shape(*sizes), device=device, dtype=dtype),
             values=cls._room(sizes, device=device, dtype=dtype),
-            last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=dtype),
+            last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=cls._last_dtype or dtype),
             ids=torch.zeros((batch, capacity), device=device, dtype=torch.long),
         )
 

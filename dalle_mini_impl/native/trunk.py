@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -64,23 +63,7 @@ class NativeCache(KVCache):
     """A KVCache as the kernel reads it: keys (layers, B, H, chunks, 16 × D), 16 positions a chunk; `last` is fp32."""
 
     _room = staticmethod(torch.empty)  # memory is only touched where it is filled
-
-    @classmethod
-    def allocate(
-        cls,
-        layers: int,
-        batch: int,
-        heads: int,
-        capacity: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """An empty cache."""
-        cache = super().allocate(layers, batch, heads, capacity, head_dim, device=device, dtype=dtype)
-        cache.last = cache.last.float()
-        return cache
+    _last_dtype = torch.float32
 
     @staticmethod
     def _keys_shape(layers: int, batch: int, heads: int, capacity: int, head_dim: int) -> tuple[int, ...]:
