@@ -167,6 +167,16 @@ class CLIP(nn.Module):
         self._check_text(text_ids)
         return -self.caption_nll(self.places(images), text_ids).sum(dim=1)
 
+    def score_pairs(self, images: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines with their captions (B,) and `caption_log_likelihood` (B,) of B pictures, which are looked at once.
+
+        Raises ValueError for a model without a captioner.
+        """
+        captions, owner = torch.unique(text_ids, dim=0, return_inverse=True)  # candidates of a prompt share its caption
+        places = self.places(images)
+        cosines = (self.pool(places) * self.encode_text(captions)[owner]).sum(dim=1)
+        return cosines, -self.caption_nll(places, text_ids).sum(dim=1)
+
     def caption_nll(self, places: Tensor, text_ids: Tensor) -> Tensor:
         """-log p of each token after the first of captions (B, T), given their pictures' `places`: (B, T - 1), nats."""
         return self._captioner().nll(places, text_ids)

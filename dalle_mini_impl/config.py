@@ -482,7 +482,7 @@ class SamplingConfig(Section):
     """Type of weights and cache while drawing; auto is bf16 where the device computes in it, else fp32."""
     kernel: Literal["auto", "compiled", "torch"] = "auto"
     """What computes: code compiled on this machine, which is several times as fast, or PyTorch's operations. auto:
-    compiled where it can be (Linux, g++, AVX-512, and a model that it is made for). Their last bits differ."""
+    compiled where it can be (Linux, g++, AVX2, and a model that it is made for). Their last bits differ."""
     upscale: bool = False
     """Draw pictures at twice the size, with a checkpoint that has an upscaler."""
     unclip: bool = True

@@ -16,11 +16,12 @@ from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import Partial
 from dalle_mini_impl.drawn import Drawing, RankedPicture, check_counts, rank
-from dalle_mini_impl.embed import Embedder, encode_pictures
+from dalle_mini_impl.embed import Embedder, OwnCLIP, encode_pictures
+from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.pretrained import DEFAULT_CHECKPOINT, Bundle, Storage, load_bundle, save_bundle
 from dalle_mini_impl.pretrained_clip import PretrainedCLIP
 from dalle_mini_impl.rerank import score_pairs
-from dalle_mini_impl.sampling import Samples, resolve_kernel, resolve_precision, sample_rows, stream_rows
+from dalle_mini_impl.sampling import Samples, pack, resolve_kernel, resolve_precision, sample_rows, stream_rows
 from dalle_mini_impl.sheet import to_pil
 from dalle_mini_impl.unclip import draw_embeddings, embedding_clip, has_prior
 from dalle_mini_impl.vae.model import DiscreteVAE
@@ -50,6 +51,7 @@ class PromptDrawer:
         self.vae: DiscreteVAE = bundle.vae
         self.dalle: DALLE = bundle.dalle
         self.embedder: Embedder | None = bundle.embedder if embedder is None else embedder
+        self._packed: tuple[Engine, object] | None = None
 
     @classmethod
     def from_pretrained(
@@ -170,7 +172,7 @@ class PromptDrawer:
         settings = settings or self.bundle.recipe.sampling
         text_ids, embeddings = self._conditions(prompts, jobs, seed, settings, embeddings)
         samples = sample_rows(
-            self.dalle,
+            self._engine(settings),
             text_ids,
             prompts,
             jobs,
@@ -182,6 +184,15 @@ class PromptDrawer:
             progress=progress,
         )
         return self._scored(samples, prompts, text_ids, embeddings, jobs, seed, settings)
+
+    def _engine(self, settings: SamplingConfig) -> Engine:
+        """The transformer packed to draw as settings say, kept from one drawing to the next while its weights stay."""
+        precision = resolve_precision(settings.precision, self.dalle.image_head.weight.device)
+        weights = [(weight.data_ptr(), weight._version) for weight in self.dalle.parameters()]
+        packed_for = precision, resolve_kernel(settings, self.dalle), self.dalle.training, weights
+        if self._packed is None or self._packed[1] != packed_for:
+            self._packed = pack(self.dalle, settings), packed_for
+        return self._packed[0]
 
     def _conditions(
         self,
@@ -220,7 +231,7 @@ class PromptDrawer:
         jobs = [(0, candidate) for candidate in range(candidates)]
         text_ids, embeddings = self._conditions([prompt], jobs, seed, settings, None)
         steps = stream_rows(
-            self.dalle,
+            self._engine(settings),
             text_ids,
             [prompt],
             jobs,
@@ -290,8 +301,8 @@ class PromptDrawer:
             images = self.decode(samples.ids[part])
             texts = [prompts[prompt] for prompt, _ in jobs[part]]
             if embeddings is None or all(texts):
-                clip = self._clip_scores(images, texts)
-                read = self._read_scores(images, samples.ids[part], text_ids[[prompt for prompt, _ in jobs[part]]])
+                captions = text_ids[[prompt for prompt, _ in jobs[part]]]
+                clip, read = self._ranker_scores(images, samples.ids[part], texts, captions)
             else:  # there is nothing to read, and the embedding says what the picture should be like
                 met = encode_pictures(embedding_clip(self.bundle), images) * embeddings[part].cpu()
                 clip, read = met.sum(dim=1).tolist(), [None] * len(texts)
@@ -335,11 +346,34 @@ class PromptDrawer:
             score += self.embedder.scale * clip_score
         return score if read_score is None else score + read_score
 
-    def _clip_scores(self, images: Tensor | Sequence[Image.Image], prompts: Sequence[str]) -> list[float] | list[None]:
-        if self.embedder is None:
-            return [None] * len(images)
-        scores: list[float] = score_pairs(self.embedder, images, prompts).tolist()
-        return scores
+    @torch.no_grad()
+    def _ranker_scores(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        prompts: Sequence[str],
+        text_ids: Tensor,
+        given: Sequence[Image.Image] | None = None,
+    ) -> tuple[list[float] | list[None], list[float] | list[None]]:
+        """CLIP's cosines, and log p(caption | picture) by what reads best; None where nothing tells them.
+
+        images: (n, 3, S, S) in [0, 1], of which the VAE makes ids (n, N). text_ids: (n, T), the prompts. given: the
+        pictures as they were before they became images, for a pretrained CLIP to preprocess in its own way.
+        """
+        clip, device = self.captioning_clip, self.dalle.image_head.weight.device
+        text_ids = text_ids.to(device)
+        if clip is not None and isinstance(self.embedder, OwnCLIP) and self.embedder.clip is clip:
+            cosines, read = clip.score_pairs(images.to(device), text_ids)
+            return cosines.tolist(), read.tolist()
+        clip_scores: list[float] | list[None] = [None] * len(images)
+        read_scores: list[float] | list[None] = [None] * len(images)
+        if self.embedder is not None:
+            clip_scores = score_pairs(self.embedder, images if given is None else given, prompts).tolist()
+        if clip is not None:
+            read_scores = clip.caption_log_likelihood(images.to(device), text_ids).tolist()
+        elif self.reader == "dalle":
+            read_scores = self.dalle.caption_log_likelihood(text_ids, ids.to(device)).tolist()
+        return clip_scores, read_scores
 
     @property
     def reader(self) -> Literal["captioner", "dalle"] | None:
@@ -353,16 +387,3 @@ class PromptDrawer:
         """The checkpoint's own CLIP where it has a captioner, whatever CLIP ranks beside it."""
         clip = self.bundle.clip
         return None if clip is None or clip.captioner is None else clip
-
-    @torch.no_grad()
-    def _read_scores(self, images: Tensor, ids: Tensor, text_ids: Tensor) -> list[float] | list[None]:
-        """log p(caption | picture) of pictures (n, 3, S, S) in [0, 1], or of their ids (n, N), by what reads best."""
-        device, clip = self.dalle.image_head.weight.device, self.captioning_clip
-        if self.reader is None:
-            return [None] * len(ids)
-        if clip is not None:
-            found = clip.caption_log_likelihood(images.to(device), text_ids.to(device))
-        else:
-            found = self.dalle.caption_log_likelihood(text_ids.to(device), ids.to(device))
-        scores: list[float] = found.tolist()
-        return scores

@@ -200,8 +200,8 @@ class TextToImage(PromptDrawer):
             given, text = pictures[part], text_ids[part].to(device)
             images = self._pixels_of(given)
             ids = self._encode(images)
-            clip = self._clip_scores(given, captions[part])
-            read = self._read_scores(images, ids, text)
+            originals = None if isinstance(given, Tensor) else given
+            clip, read = self._ranker_scores(images, ids, captions[part], text, originals)
             likelihoods = self.dalle.log_likelihood(text, ids).tolist()
             for caption, of_clip, of_read, likelihood in zip(captions[part], clip, read, likelihoods, strict=True):
                 scores = {"clip_score": of_clip, "read_score": of_read, "log_likelihood": likelihood}

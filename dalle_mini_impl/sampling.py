@@ -75,7 +75,7 @@ def stream_tokens(
     Raises ValueError for a model in training mode, rows without a prompt, ids that aren't any, or captions of
     different slots (`sample_rows` sorts those).
     """
-    engine = dalle if isinstance(dalle, Engine) else _pack(dalle, settings, fixed)
+    engine = dalle if isinstance(dalle, Engine) else pack(dalle, settings, fixed)
     stream = engine.stream
     _check(stream, text_ids, prompts, rows, known, window, embeddings)
     if not rows:
@@ -95,7 +95,7 @@ def stream_tokens(
 
 
 def sample_rows(
-    dalle: DALLE,
+    dalle: DALLE | Engine,
     text_ids: Tensor,
     prompts: Sequence[str],
     rows: Rows,
@@ -144,7 +144,7 @@ def sample_rows(
 
 
 def stream_rows(
-    dalle: DALLE,
+    dalle: DALLE | Engine,
     text_ids: Tensor,
     prompts: Sequence[str],
     rows: Rows,
@@ -160,15 +160,16 @@ def stream_rows(
 ) -> Generator[tuple[list[int], Partial], None, Samples]:
     """`sample_rows` step by step: yields the places in `rows` that are being drawn and how far they are, micro-batch
     after micro-batch, and returns what `sample_rows` does."""
-    engine = _pack(dalle, settings, fixed)
-    _check(dalle.stream, text_ids, prompts, rows, known, window, embeddings)
-    batch_size = fitting_batch_size(dalle, settings) if batch_size is None else batch_size
+    engine = dalle if isinstance(dalle, Engine) else pack(dalle, settings, fixed)
+    stream = engine.stream
+    _check(stream, text_ids, prompts, rows, known, window, embeddings)
+    batch_size = fitting_batch_size(engine.dalle, settings) if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; draw at least 1 picture at once")
-    num_tokens = dalle.stream.num_image_tokens
+    num_tokens = stream.num_image_tokens
     ids = torch.empty((len(rows), num_tokens), dtype=torch.long)
     ratios, likelihoods = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for batch in _micro_batches(dalle.stream, text_ids, rows, batch_size):
+    for batch in _micro_batches(stream, text_ids, rows, batch_size):
         used = sorted({rows[place][0] for place in batch})
         for partial in stream_tokens(
             engine,
@@ -188,7 +189,7 @@ def stream_rows(
             continue
         ratio, likelihood = partial.log_ratio, partial.log_likelihood
         if ratio is None:
-            num_slots = int(dalle.stream.num_slots(text_ids[[rows[batch[0]][0]]])[0])
+            num_slots = int(stream.num_slots(text_ids[[rows[batch[0]][0]]])[0])
             given = None if known is None else known[batch].to(engine.device)
             ratio = likelihood - null_log_likelihoods(engine, num_slots, partial.ids, given)
         ratios[batch], likelihoods[batch] = ratio.cpu(), likelihood.cpu()
@@ -278,7 +279,7 @@ def resolve_kernel(settings: SamplingConfig, dalle: DALLE) -> Literal["compiled"
         return "compiled"
     if settings.kernel == "compiled":
         raise ValueError(
-            "the compiled kernel was asked for, but it needs a CPU with AVX-512, Linux, g++, and a model of full "
+            "the compiled kernel was asked for, but it needs a CPU with AVX2, Linux, g++, and a model of full "
             "attention with squared ReLU and heads of 16, 32, 48 … numbers: set kernel to auto or torch"
         )
     return "torch"
@@ -288,7 +289,11 @@ def _dtype(settings: SamplingConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if resolve_precision(settings.precision, device) == "bf16" else torch.float32
 
 
-def _pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes) -> Engine:
+def pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes = None) -> Engine:
+    """The model packed to draw as settings say; see `Engine`. fixed: as in `decoding.decode`.
+
+    Raises ValueError for a model in training mode, or a kernel that is asked for and can't be had.
+    """
     if dalle.training:
         raise ValueError("this DALLE is in training mode: call .eval() before sampling")
     device = dalle.image_head.weight.device

@@ -248,6 +248,15 @@ def test_reading_depends_on_the_picture_and_on_no_padding() -> None:
         assert torch.allclose(clip.encode_text(texts[:, :4]), clip.encode_text(texts), atol=1e-6)
 
 
+def test_pairs_are_scored_as_each_score_by_itself() -> None:
+    clip, images, texts = _reader(), _images(4), _captions()[[1, 0, 1, 2]]
+    with torch.no_grad():
+        cosines, likelihoods = clip.score_pairs(images, texts)
+        expected = (clip.encode_image(images) * clip.encode_text(texts)).sum(dim=1)
+        assert torch.allclose(cosines, expected, atol=1e-6) and expected.std() > 1e-3
+        assert torch.allclose(likelihoods, clip.caption_log_likelihood(images, texts), atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_written_captions_have_the_likelihood_that_reading_gives_them(temperature: float) -> None:
     clip, images = _reader(), _images(16)

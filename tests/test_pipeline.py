@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dalle_mini_impl import drawing
 from dalle_mini_impl.drawn import rank
+from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.pretrained import checkpoint_hash
+from dalle_mini_impl.sampling import pack
 from tests.tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
 
 PROMPT = "a red circle"
@@ -65,6 +69,33 @@ def test_the_rank_goes_by_the_sum_of_all_scores_there_are() -> None:
                 expected += bundle.clip.scale * picture.clip_score
             assert picture.score == pytest.approx(expected, abs=1e-4)
         assert [picture.score for picture in pictures] == sorted((p.score for p in pictures), reverse=True)
+
+
+def test_the_transformer_is_packed_once_and_again_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+
+    def count(*arguments: Any) -> Engine:
+        packed.append(arguments)
+        return pack(*arguments)
+
+    monkeypatch.setattr(drawing, "pack", count)
+    model = TextToImage(tiny_bundle())
+    first = model(PROMPT, candidates=2, keep=1)[0]
+    assert torch.equal(model(PROMPT, candidates=2, keep=1)[0].tokens, first.tokens) and len(packed) == 1
+    with torch.no_grad():
+        model.dalle.image_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    changed = model(PROMPT, candidates=2, keep=1)[0]
+    assert len(packed) == 2
+    assert torch.equal(TextToImage(model.bundle)(PROMPT, candidates=2, keep=1)[0].tokens, changed.tokens)
+    list(model.stream(PROMPT, candidates=2))
+    assert len(packed) == 3, "one for the other drawer, none for the stream"
+    model(PROMPT, candidates=1, keep=1, temperature=0.5)
+    assert len(packed) == 3, "how tokens are chosen is no matter of the weights"
+    model.draw([PROMPT], settings=model.settings(kernel="torch", precision="fp32"))
+    assert len(packed) == 4
+    model.dalle.train()
+    with pytest.raises(ValueError, match="in training mode"):
+        model(PROMPT, candidates=1, keep=1)
 
 
 def test_equal_scores_dont_depend_on_the_order(model: TextToImage) -> None:

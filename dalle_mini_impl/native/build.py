@@ -19,24 +19,25 @@ logger = logging.getLogger("dalle_mini_impl")
 SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 SWITCH = "DALLE_MINI_IMPL_NATIVE"
-"""Environment variable; "0" does without compiled code."""
+"""Environment variable; "0" does without compiled code, "avx2" without AVX-512 where the processor has that."""
+_NEEDED = {b"avx2", b"fma"}
 _TIMEOUT_SEC = 120
 
 
 @cache
 def kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it isn't wanted or can't be had: no Linux, AVX-512, g++ or room to write.
+    """The compiled kernel, or None where it isn't wanted or can't be had: no Linux, AVX2, g++ or room to write.
 
-    Compiling takes a few seconds, the first time on a machine; what comes out is kept in $XDG_CACHE_HOME. Processors
-    without vectors of 16 numbers are left to PyTorch's operations, which are several times as fast there.
+    Compiling takes a few seconds, the first time on a machine; what comes out is kept in $XDG_CACHE_HOME.
     """
-    if os.environ.get(SWITCH, "1") == "0" or sys.platform != "linux":
+    wish = os.environ.get(SWITCH, "1")
+    if wish == "0" or sys.platform != "linux":
         return None
-    if b"avx512f" not in _processor().split():
-        logger.info("decoding runs in PyTorch's operations, since its kernel is made for processors with AVX-512")
+    if not set(_processor().split()) >= _NEEDED:
+        logger.info("decoding runs in PyTorch's operations, since its kernel is made for processors with AVX2")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(cache_folder())))
+        return ctypes.CDLL(str(_compiled(cache_folder(), (*FLAGS, "-mno-avx512f") if wish == "avx2" else FLAGS)))
     except (OSError, subprocess.SubprocessError) as error:
         logger.info(
             "decoding runs in PyTorch's operations, since its kernel can't be compiled here: %s", _reason(error)
@@ -49,8 +50,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle-mini-impl"
 
 
-def _compiled(folder: Path) -> Path:
-    """The library for this source, compiler and processor, compiled if it isn't there yet.
+def _compiled(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
+    """The library for this source, compiler, processor and flags, compiled if it isn't there yet.
 
     Raises OSError or SubprocessError where there is no compiler, where it fails or nothing can be written.
     """
@@ -58,13 +59,13 @@ def _compiled(folder: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler (g++) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_SEC).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), version, _processor()]))
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor()]))
     library = folder / f"decode-{key.hexdigest()[:16]}.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # beside it, so that moving it is one step
             part = Path(scratch) / library.name
-            command = [compiler, *FLAGS, "-o", str(part), str(SOURCE)]
+            command = [compiler, *flags, "-o", str(part), str(SOURCE)]
             subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_SEC)
             part.replace(library)
     return library

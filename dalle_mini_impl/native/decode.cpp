@@ -25,7 +25,7 @@
 
 extern "C" {
 
-// Weights lie in panels of 32 output channels (see `pack` in trunk.py), tables are (slots, 2, head_dim): queries, keys.
+// Weights lie in panels of output channels (see `pack` in trunk.py), tables are (slots, 2, head_dim): queries, keys.
 struct Layer {
     const void *qkv, *out, *up, *down;
     const float *cosines, *sines;
@@ -63,22 +63,30 @@ struct Choice {
 
 namespace {
 
-constexpr int LANES = 16;          // numbers in a vector
-constexpr int PANEL = 2 * LANES;   // output channels that are computed together
-constexpr int MOST_ROWS = 6;       // rows that are multiplied by a panel at once
+#ifdef __AVX512F__
+constexpr int LANES = 16;             // numbers in a vector
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int PANEL = 2 * LANES;      // output channels that are computed together
+constexpr int MOST_ROWS = 6;          // rows that are multiplied by a panel at once: their sums fit into 16 registers
 constexpr int BLOCK = 4 * MOST_ROWS;  // rows that a thread takes at a time
-constexpr int AHEAD = 4096;        // bytes by which reading the cache is announced: pages end where guessing does
+constexpr int SWEEP = 64;             // numbers of each value that are summed up at once
+constexpr int AHEAD = 4096;           // bytes by which reading the cache is announced
 constexpr float LEAST = std::numeric_limits<float>::lowest();
 constexpr float EPSILON = 1e-6f;
 
-typedef float Vec __attribute__((vector_size(64), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(64), may_alias));
-typedef float LooseVec __attribute__((vector_size(64), may_alias, aligned(4)));
+typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES), may_alias));
+typedef float LooseVec __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));
 
 inline Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
 
-inline void announce(const void* address) { __builtin_prefetch(static_cast<const char*>(address) + AHEAD); }
+template <bool IS_WRITTEN = false>
+inline void announce(const void* address) {
+    __builtin_prefetch(address, IS_WRITTEN);
+}
 
 inline float sum(Vec v) {
     float total = 0;
@@ -119,7 +127,7 @@ inline void normalize(const float* from, float* to, int size) {
     for (int i = 0; i < size; i += LANES) store(to + i, (load(from + i) - mean) * scale);
 }
 
-// What is particular to fp32: weights (panels, depth, 32), keys (chunks, head_dim, 16), values (capacity, head_dim).
+// What is particular to fp32: weights (panels, depth, PANEL), keys (chunks, head_dim, LANES), values (capacity, head_dim).
 struct Single {
     using Number = float;
 
@@ -141,11 +149,11 @@ struct Single {
         for (int i = 0; i < size; ++i) chunk[i * LANES + lane] = key[i];
     }
 
-    static Vec scores(const float* chunk, const float* query, int size) {
+    static Vec scores(const float* chunk, const float* query, int size, const float* later) {
         Vec parts[4] = {};
         for (int i = 0; i < size; i += 4)
             for (int part = 0; part < 4; ++part) {
-                announce(chunk + (i + part) * LANES);
+                announce(later + (i + part) * LANES);
                 parts[part] += query[i + part] * load(chunk + (i + part) * LANES);
             }
         return (parts[0] + parts[1]) + (parts[2] + parts[3]);
@@ -188,12 +196,12 @@ struct Brief {
         for (int i = 0; i < size; i += 2) std::memcpy(chunk + (i * LANES + 2 * lane), key + i, 2 * sizeof(uint16_t));
     }
 
-    static Vec scores(const uint16_t* chunk, const uint16_t* query, int size) {
+    static Vec scores(const uint16_t* chunk, const uint16_t* query, int size, const uint16_t* later) {
         __m512 parts[4] = {};
         for (int i = 0; i < size; i += 8)
             for (int part = 0; part < 4; ++part) {
                 const int k = i + 2 * part;
-                announce(chunk + k * LANES);
+                announce(later + k * LANES);
                 parts[part] = _mm512_dpbf16_ps(parts[part], pair(query + k), pairs(chunk + k * LANES));
             }
         return (Vec)_mm512_add_ps(_mm512_add_ps(parts[0], parts[1]), _mm512_add_ps(parts[2], parts[3]));
@@ -313,17 +321,23 @@ void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int la
     const Layer& weights = m.layer[layer];
     float *normed = own, *turned = own + size, *shares = own + 2 * size;
     Number* brief = reinterpret_cast<Number*>(own + 2 * size + p.chunks * LANES);
-    const int64_t items = p.batch * m.heads;
+    const int64_t items = p.batch * m.heads, chunk_size = LANES * size;
+    // By how many chunks of keys and rows of values reading is announced: a chunk or more, a row or more.
+    const int64_t chunks_ahead = (AHEAD + chunk_size * sizeof(Number) - 1) / (chunk_size * sizeof(Number));
+    const int64_t rows_ahead = (AHEAD + size * sizeof(Number) - 1) / (size * sizeof(Number));
     for (int64_t item = part.begin(items); item < part.end(items); ++item) {
         const int64_t b = item / m.heads, h = item % m.heads;
-        Number* keys = static_cast<Number*>(p.keys) + (layer * items + item) * p.chunks * LANES * size;
+        Number* keys = static_cast<Number*>(p.keys) + (layer * items + item) * p.chunks * chunk_size;
         Number* values = static_cast<Number*>(p.values) + (layer * items + item) * p.capacity * size;
+        const Number* next_keys = keys + p.chunks * chunk_size;  // of the next item, which are read after these values
+        const Number* next_chunk = next_keys + p.position / LANES * chunk_size;  // and where its new key is written
+        for (int64_t i = 0; i < chunk_size; i += 64 / sizeof(Number)) announce<true>(next_chunk + i);
         for (int64_t j = 0; j < p.count; ++j) {
             const float* row = &pad.qkv[(b * p.count + j) * stride + h * size];
             const int64_t place = p.position + j, table = (p.slots[j] * 2 + 1) * size;
             turn(row + m.dim, weights.cosines + table, weights.sines + table, normed, turned, size);
             T::convert(turned, brief, size);
-            T::put_key(keys + place / LANES * LANES * size, place % LANES, brief, size);
+            T::put_key(keys + place / LANES * chunk_size, place % LANES, brief, size);
             T::convert(row + 2 * m.dim, values + place * size, size);
         }
         for (int64_t j = 0; j < p.count; ++j) {
@@ -333,7 +347,9 @@ void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int la
             T::convert(turned, brief, size);
             Vec best = Vec{} - std::numeric_limits<float>::infinity();
             for (int64_t c = 0; c < chunks; ++c) {
-                store(shares + c * LANES, T::scores(keys + c * LANES * size, brief, size));
+                const int64_t ahead = c + chunks_ahead;
+                const Number* later = ahead < chunks ? keys + ahead * chunk_size : values + (ahead - chunks) * chunk_size;
+                store(shares + c * LANES, T::scores(keys + c * chunk_size, brief, size, later));
                 for (int64_t i = seen; i < (c + 1) * LANES; ++i) shares[i] = -std::numeric_limits<float>::infinity();
                 const Vec scores = load(shares + c * LANES);
                 best = scores > best ? scores : best;
@@ -346,15 +362,17 @@ void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int la
                 totals += load(shares + c * LANES);
             }
             const float scale = 1 / sum(totals);
-            for (int first = 0; first < size; first += 4 * LANES) {
-                const int width = size - first < 4 * LANES ? (size - first) / LANES : 4;
-                Vec sums[4] = {};
+            for (int first = 0; first < size; first += SWEEP) {
+                constexpr int MOST = SWEEP / LANES;
+                const int width = size - first < SWEEP ? (size - first) / LANES : MOST;
+                Vec sums[MOST] = {};
                 const Number* value = values + first;
-                if (width == 4) {
+                if (width == MOST) {
                     for (int64_t i = 0; i < seen; ++i, value += size) {
-                        for (size_t line = 0; line < 4 * LANES * sizeof(Number); line += 64)
-                            announce(reinterpret_cast<const char*>(value) + line);
-                        for (int v = 0; v < 4; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
+                        const int64_t ahead = i + rows_ahead;
+                        const Number* later = ahead < seen ? value + rows_ahead * size : next_keys + (ahead - seen) * size;
+                        for (int line = 0; line < SWEEP; line += 64 / sizeof(Number)) announce(later + line);
+                        for (int v = 0; v < MOST; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
                     }
                 } else {
                     for (int64_t i = 0; i < seen; ++i, value += size)
@@ -527,6 +545,8 @@ int choose(const Choice& c, const float* scaled, const float* noise, float* nois
 }  // namespace
 
 extern "C" {
+
+int32_t lanes() { return LANES; }
 
 int32_t has_brief() {
 #ifdef __AVX512BF16__

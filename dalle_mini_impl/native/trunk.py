@@ -14,9 +14,12 @@ from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.native.build import kernel
 
-LANES = 16
-"""Numbers in a vector; dimensions of heads, and so of the model, are whole vectors."""
-PANEL = 2 * LANES
+
+def lanes() -> int:
+    """Numbers in a vector of the kernel's; dimensions of heads, and so of the model, are whole vectors."""
+    library = kernel()
+    assert library is not None
+    return int(library.lanes())
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,26 @@ class _Pass(ctypes.Structure):
 
 
 class NativeCache(KVCache):
-    """A KVCache as the kernel reads it: keys (layers, B, H, chunks, 16 × D), 16 positions a chunk; `last` is fp32."""
+    """A KVCache as the kernel reads it: keys (layers, B, H, chunks, lanes × D), so many positions a chunk; `last` is
+    fp32."""
 
     _room = staticmethod(torch.empty)  # memory is only touched where it is filled
     _last_dtype = torch.float32
 
     @staticmethod
     def _keys_shape(layers: int, batch: int, heads: int, capacity: int, head_dim: int) -> tuple[int, ...]:
-        return layers, batch, heads, -(-capacity // LANES), LANES * head_dim
+        return layers, batch, heads, -(-capacity // lanes()), lanes() * head_dim
 
     def _filled(self) -> list[tuple[Tensor, int]]:
         _, *others = super()._filled()
-        return [(self.keys[:, :, :, : -(-self.length // LANES)], 1), *others]
+        return [(self.keys[:, :, :, : -(-self.length // lanes())], 1), *others]
 
 
 def can_run(config: DALLEConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel is there, and made for such a model: squared ReLU, full attention, heads of whole vectors."""
     is_fit = config.ffn == "relu2" and set(config.layer_patterns) == {"full"}
-    if device.type != "cpu" or not is_fit or (config.dim // config.heads) % LANES:
-        return False
-    library = kernel()
-    if library is None:
+    library = kernel() if device.type == "cpu" and is_fit else None
+    if library is None or (config.dim // config.heads) % lanes():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(library.has_brief()))
 
@@ -95,6 +97,7 @@ class NativeTrunk:
         library = kernel()
         assert library is not None
         self._run = library.run_pass
+        self._panels = head.shape[1] // (2 * lanes())
         self._kept: list[Tensor] = []  # what the kernel's pointers point to
         self.vocab, self.dim = head.shape
         packed = (_Layer * len(layers))()
@@ -150,7 +153,7 @@ class NativeTrunk:
             chunks=cache.keys.shape[3],
             capacity=cache.capacity,
             only_last=only_last,
-            threads=min(torch.get_num_threads(), max(self.dim // PANEL, batch * count)),  # more would only wait
+            threads=min(torch.get_num_threads(), max(self._panels, batch * count)),  # more would only wait
         )
         self._run(ctypes.byref(self._model), ctypes.byref(the_pass))
         cache.advance(count)
@@ -158,9 +161,9 @@ class NativeTrunk:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight (N, K) in panels of 32 output channels: (N / 32, K, 32), in bf16 (N / 32, K / 2, 32, 2)."""
-    channels, depth = weight.shape
-    weight = F.pad(weight, (0, 0, 0, -channels % PANEL))
+    """A weight (N, K) in panels of P = 2 × lanes output channels: (N / P, K, P), in bf16 (N / P, K / 2, P, 2)."""
+    (channels, depth), panel = weight.shape, 2 * lanes()
+    weight = F.pad(weight, (0, 0, 0, -channels % panel))
     if weight.dtype == torch.bfloat16:
-        return weight.view(-1, PANEL, depth // 2, 2).transpose(1, 2).contiguous()
-    return weight.view(-1, PANEL, depth).transpose(1, 2).contiguous()
+        return weight.view(-1, panel, depth // 2, 2).transpose(1, 2).contiguous()
+    return weight.view(-1, panel, depth).transpose(1, 2).contiguous()
