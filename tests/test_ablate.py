@@ -69,7 +69,7 @@ def test_an_arm_may_have_a_recipe_of_its_own(tmp_path: Path) -> None:
         read_recipes(path)
 
 
-@pytest.mark.parametrize(("plan", "config"), [("dalle", "shapes"), ("dalle1", "dalle1-shapes")])
+@pytest.mark.parametrize(("plan", "config"), [("dalle", "shapes"), ("size", "shapes"), ("dalle1", "dalle1-shapes")])
 def test_the_arms_of_the_plans_that_ship_are_recipes(plan: str, config: str) -> None:
     path = CONFIGS / "ablations" / f"{plan}.toml"
     recipes = read_recipes(path)

@@ -103,6 +103,11 @@ def begin_from(base: Path, folder: Path, stages: Sequence[Stage]) -> None:
         StateFolder(folder / "state" / stage).finish(StateFolder(base / "state" / stage).summary())
 
 
+def arm_folder(out: Path, name: str) -> Path:
+    """The run folder of an arm, in an ablation's."""
+    return out / re.sub(r"[^\w.=-]+", "_", name)
+
+
 def run_on(cores: Sequence[int], command: Sequence[str], log: Path) -> None:
     """Runs one of our commands on these cores; RuntimeError that names its log where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
@@ -210,7 +215,7 @@ class Ablation:
 
     def run_arm(self, name: str, settings: Settings, cores: Sequence[int]) -> dict[str, Any]:
         """Trains one arm and has it judged."""
-        folder = self.out / re.sub(r"[^\w.=-]+", "_", name)
+        folder = arm_folder(self.out, name)
         shutil.rmtree(folder, ignore_errors=True)  # of an ablation that was stopped
         if self.base is not None and name not in self.recipes:
             begin_from(self.base, folder, shared_stages(settings))
