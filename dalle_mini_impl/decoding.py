@@ -92,6 +92,7 @@ class Branches:
             logits, cache = logits[owners], cache.select(owners)
         else:
             logits, cache = engine.prefill(captions[owners], embeddings.to(owners.device))
+            cache = cache.select(torch.arange(len(owners), device=owners.device))
         self.first = logits[:, None].float()
         """Logits (n, 1, V) of image id 0."""
         self._cache = cache

@@ -111,6 +111,45 @@ def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype:
 
 @compiled
 @torch.no_grad()
+@pytest.mark.parametrize("counts", [ONE_BY_ONE, [N - 1], [2, 1, 17, 4]], ids=["one by one", "at once", "some"])
+@pytest.mark.parametrize("values", MODELS, ids=str)
+def test_rows_share_what_was_prefilled(values: dict[str, object], counts: list[int]) -> None:
+    dalle, text, rows = _dalle(**values), some_captions(STREAM), torch.tensor([2, 0, 0, 1, 2])
+    engine, images = Engine(dalle), _images(5)
+    expected = dalle(text[rows], images)[1]
+    prefilled = engine.prefill(text)[1]
+    filled = prefilled.values[:, :, :, : prefilled.length]
+    before, cache = filled.clone(), prefilled.select(rows)
+    assert isinstance(cache, NativeCache) and cache.prompts is prefilled and cache.length == prefilled.length
+    assert cache.capacity == prefilled.capacity and cache.values.shape[3] == N - 1
+    start = 0
+    for count in counts:
+        logits = engine.extend(images[:, start : start + count], cache)
+        start += count
+        assert torch.allclose(logits, expected[:, start - count + 1 : start + 1], atol=1e-5)
+    assert torch.equal(filled, before), "they write to caches of their own"
+
+
+@compiled
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_rows_that_share_are_chosen_and_joined(dtype: torch.dtype) -> None:
+    engine, text, images = Engine(_dalle(above_embedding=True), dtype), some_captions(STREAM), _images()
+    one, two = (engine.prefill(text[rows])[1].select(torch.tensor([0, 1, 1, 0])) for rows in ([0, 1], [1, 2]))
+    first, second = (engine.extend(images[:, : N - 2], cache)[:, -1] for cache in (one, two))
+    last = images[:, N - 2 : N - 1]
+    both = one.beside(two)
+    chosen = both.select(torch.tensor([6, 1, 6]))
+    joined = engine.extend(torch.cat([last, last]), both)
+    assert torch.equal(joined[:4], engine.extend(last, one)) and torch.equal(joined[4:], engine.extend(last, two))
+    assert torch.equal(engine.extend(last[[2, 1, 2]], chosen), joined[[6, 1, 6]])
+    assert not torch.equal(first, second) and (both.length, both.prompt_length) == (one.length, one.prompt_length)
+    with pytest.raises(ValueError, match="a cache that shares its prompts can't be one with"):
+        one.beside(engine.prefill(text[:2])[1])
+
+
+@compiled
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
     engine, text, images = Engine(_dalle(), dtype), some_captions(STREAM), _images()

@@ -53,15 +53,20 @@ def build(shape: Shape, device: torch.device) -> DALLE:
 
 
 def least_seconds(shape: Shape, machine: Machine, pictures: int, guided: bool, dtype: torch.dtype) -> float:
-    """The least time that drawing so many pictures can take: every token's operations, weights and cache reads."""
-    rows = pictures * (2 if guided else 1)
+    """The least time that drawing so many pictures can take: every token's operations, weights and cache reads.
+
+    The pictures share a prompt, whose keys and values need to be read once for all of them, in each branch.
+    """
+    branches = 2 if guided else 1
+    rows = pictures * branches
     size = torch.finfo(dtype).bits // 8
     weights = 12 * shape.layers * shape.dim**2 + shape.dim * shape.image_vocab
     seconds = 0.0
     for index in range(1, shape.num_image_tokens):
         seen = shape.text_length + index
         flops = rows * (2 * weights + 4 * shape.layers * shape.dim * seen)
-        read_bytes = size * (weights + rows * 2 * shape.layers * shape.dim * seen)
+        read_tokens = rows * index + branches * shape.text_length
+        read_bytes = size * (weights + read_tokens * 2 * shape.layers * shape.dim)
         seconds += machine.least_sec(flops, read_bytes, dtype)
     return seconds
 

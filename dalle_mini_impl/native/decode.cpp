@@ -38,15 +38,24 @@ struct Model {
     const float* head;
 };
 
-// All contiguous. x (batch, count, dim). keys (layers, batch, heads, chunks, …), values (layers, batch,
-// heads, capacity, head_dim), last (layers, 2, batch, dim), latest the same with (count + 1) before dim, or null.
-// slots (count): rows of the tables. logits (batch, count, vocab), or (batch, vocab) of the last tokens alone.
+// Keys (layers, batch, heads, chunks, …) and values (layers, batch, heads, capacity, head_dim), contiguous, of which
+// `length` tokens are filled.
+struct Cache {
+    void *keys, *values;
+    int64_t batch, chunks, capacity, length;
+};
+
+// All contiguous. x (batch, count, dim). cache: of each sequence alone; prompts: of what comes before it, which sequence
+// b shares with others as row owners[b]; its length is 0 where there is none. last (layers, 2, batch, dim), latest the
+// same with (count + 1) before dim, or null. slots (count): rows of the tables. logits (batch, count, vocab), or
+// (batch, vocab) of the last tokens alone.
 struct Pass {
     const float* x;
-    void *keys, *values;
+    Cache cache, prompts;
+    const int64_t* owners;
     float *last, *latest, *logits;
     const int64_t* slots;
-    int64_t batch, count, position, chunks, capacity, only_last, threads;
+    int64_t batch, count, only_last, threads;
 };
 
 // What filters.py says, for logits (pictures, tokens, vocab) with a caption and, or null, without. scales (tokens).
@@ -313,71 +322,113 @@ inline void turn(const float* from, const float* cosines, const float* sines, fl
     for (int i = half; i < size; ++i) to[i] = normed[i] * cosines[i] + normed[i - half] * sines[i];
 }
 
+// Keys and values of one head for the first `seen` of successive tokens, and what is read after each.
+template <class T>
+struct Stretch {
+    using Number = typename T::Number;
+    Number *keys, *values;
+    const Number *after_keys = nullptr, *after_values = nullptr;
+    int64_t seen = 0;
+
+    Stretch(const Cache& cache, int layer, int64_t row, int head, int heads, int size) {
+        const int64_t item = (layer * cache.batch + row) * heads + head;
+        keys = static_cast<Number*>(cache.keys) + item * cache.chunks * LANES * size;
+        values = static_cast<Number*>(cache.values) + item * cache.capacity * size;
+    }
+
+    int64_t chunks() const { return (seen + LANES - 1) / LANES; }
+
+    // Adds the token at a place; `brief` has room for a key.
+    void put(int64_t place, const float* key, const float* value, int size, Number* brief) {
+        T::convert(key, brief, size);
+        T::put_key(keys + place / LANES * LANES * size, place % LANES, brief, size);
+        T::convert(value, values + place * size, size);
+    }
+
+    // Scores of a query, to whole chunks, and -∞ behind the last; returns the larger of these and `best` in each lane.
+    Vec score(const Number* query, int size, float* scores, Vec best) const {
+        const int64_t chunk_size = LANES * size, bytes = chunk_size * sizeof(Number), ahead = (AHEAD + bytes - 1) / bytes;
+        for (int64_t c = 0; c < chunks(); ++c, scores += LANES) {
+            const Number* later =
+                c + ahead < chunks() ? keys + (c + ahead) * chunk_size : after_keys + (c + ahead - chunks()) * chunk_size;
+            store(scores, T::scores(keys + c * chunk_size, query, size, later));
+            for (int64_t i = seen - c * LANES; i < LANES; ++i) scores[i] = -std::numeric_limits<float>::infinity();
+            const Vec found = load(scores);
+            best = found > best ? found : best;
+        }
+        return best;
+    }
+
+    // Adds `width` vectors of each value, times its weight.
+    template <int MOST>
+    void add_values(const float* weights, int first, int width, int size, Vec (&sums)[MOST]) const {
+        const int64_t bytes = size * sizeof(Number), ahead = (AHEAD + bytes - 1) / bytes;
+        const Number* value = values + first;
+        if (width < MOST) {
+            for (int64_t i = 0; i < seen; ++i, value += size)
+                for (int v = 0; v < width; ++v) sums[v] += weights[i] * T::load_value(value + v * LANES);
+            return;
+        }
+        for (int64_t i = 0; i < seen; ++i, value += size) {
+            const Number* later = i + ahead < seen ? value + ahead * size : after_values + (i + ahead - seen) * size;
+            for (int line = 0; line < MOST * LANES; line += 64 / sizeof(Number)) announce(later + line);
+            for (int v = 0; v < MOST; ++v) sums[v] += weights[i] * T::load_value(value + v * LANES);
+        }
+    }
+};
+
 // This thread's heads: writes keys and values of the new tokens behind those in the cache, and mixes them all.
 template <class T>
 void attend(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, int layer, float* own) {
-    using Number = typename T::Number;
-    const int size = m.dim / m.heads, stride = padded(3 * m.dim);
+    const int heads = m.heads, size = m.dim / heads, stride = padded(3 * m.dim);
     const Layer& weights = m.layer[layer];
     float *normed = own, *turned = own + size, *shares = own + 2 * size;
-    Number* brief = reinterpret_cast<Number*>(own + 2 * size + p.chunks * LANES);
-    const int64_t items = p.batch * m.heads, chunk_size = LANES * size;
-    // By how many chunks of keys and rows of values reading is announced: a chunk or more, a row or more.
-    const int64_t chunks_ahead = (AHEAD + chunk_size * sizeof(Number) - 1) / (chunk_size * sizeof(Number));
-    const int64_t rows_ahead = (AHEAD + size * sizeof(Number) - 1) / (size * sizeof(Number));
+    auto* brief = reinterpret_cast<typename T::Number*>(shares + (p.prompts.chunks + p.cache.chunks) * LANES);
+    const int64_t items = p.batch * heads;
     for (int64_t item = part.begin(items); item < part.end(items); ++item) {
-        const int64_t b = item / m.heads, h = item % m.heads;
-        Number* keys = static_cast<Number*>(p.keys) + (layer * items + item) * p.chunks * chunk_size;
-        Number* values = static_cast<Number*>(p.values) + (layer * items + item) * p.capacity * size;
-        const Number* next_keys = keys + p.chunks * chunk_size;  // of the next item, which are read after these values
-        const Number* next_chunk = next_keys + p.position / LANES * chunk_size;  // and where its new key is written
-        for (int64_t i = 0; i < chunk_size; i += 64 / sizeof(Number)) announce<true>(next_chunk + i);
+        const int64_t b = item / heads;
+        const int h = static_cast<int>(item % heads);
+        Stretch<T> latest(p.cache, layer, b, h, heads, size), prompt = latest;
+        latest.after_keys = latest.values;
+        latest.after_values = latest.keys + p.cache.chunks * LANES * size;  // the next item's keys
+        if (p.prompts.length) {
+            prompt = Stretch<T>(p.prompts, layer, p.owners[b], h, heads, size);
+            prompt.after_keys = latest.keys;
+            prompt.after_values = latest.values;
+            prompt.seen = p.prompts.length;
+        }
+        const auto* next_chunk = latest.after_values + p.cache.length / LANES * LANES * size;  // to which it will add
+        for (int i = 0; i < LANES * size; i += 64 / sizeof(*brief)) announce<true>(next_chunk + i);
         for (int64_t j = 0; j < p.count; ++j) {
             const float* row = &pad.qkv[(b * p.count + j) * stride + h * size];
-            const int64_t place = p.position + j, table = (p.slots[j] * 2 + 1) * size;
+            const int64_t table = (p.slots[j] * 2 + 1) * size;
             turn(row + m.dim, weights.cosines + table, weights.sines + table, normed, turned, size);
-            T::convert(turned, brief, size);
-            T::put_key(keys + place / LANES * chunk_size, place % LANES, brief, size);
-            T::convert(row + 2 * m.dim, values + place * size, size);
+            latest.put(p.cache.length + j, turned, row + 2 * m.dim, size, brief);
         }
         for (int64_t j = 0; j < p.count; ++j) {
             const float* row = &pad.qkv[(b * p.count + j) * stride + h * size];
-            const int64_t seen = p.position + j + 1, chunks = (seen + LANES - 1) / LANES, table = p.slots[j] * 2 * size;
+            const int64_t table = p.slots[j] * 2 * size;
             turn(row, weights.cosines + table, weights.sines + table, normed, turned, size);
             T::convert(turned, brief, size);
+            latest.seen = p.cache.length + j + 1;
+            float* latest_shares = shares + prompt.chunks() * LANES;
             Vec best = Vec{} - std::numeric_limits<float>::infinity();
-            for (int64_t c = 0; c < chunks; ++c) {
-                const int64_t ahead = c + chunks_ahead;
-                const Number* later = ahead < chunks ? keys + ahead * chunk_size : values + (ahead - chunks) * chunk_size;
-                store(shares + c * LANES, T::scores(keys + c * chunk_size, brief, size, later));
-                for (int64_t i = seen; i < (c + 1) * LANES; ++i) shares[i] = -std::numeric_limits<float>::infinity();
-                const Vec scores = load(shares + c * LANES);
-                best = scores > best ? scores : best;
-            }
+            best = prompt.score(brief, size, shares, best);
+            best = latest.score(brief, size, latest_shares, best);
             const float largest = maximum(best);
             Vec totals{};
-            for (int64_t c = 0; c < chunks; ++c) {
-                store(shares + c * LANES, exponential(load(shares + c * LANES) - largest));
-                for (int64_t i = seen; i < (c + 1) * LANES; ++i) shares[i] = 0;
-                totals += load(shares + c * LANES);
+            for (float* at = shares; at < latest_shares + latest.chunks() * LANES; at += LANES) {
+                const Vec share = exponential(load(at) - largest);  // of -∞ it is too little to count
+                store(at, share);
+                totals += share;
             }
             const float scale = 1 / sum(totals);
             for (int first = 0; first < size; first += SWEEP) {
                 constexpr int MOST = SWEEP / LANES;
                 const int width = size - first < SWEEP ? (size - first) / LANES : MOST;
                 Vec sums[MOST] = {};
-                const Number* value = values + first;
-                if (width == MOST) {
-                    for (int64_t i = 0; i < seen; ++i, value += size) {
-                        const int64_t ahead = i + rows_ahead;
-                        const Number* later = ahead < seen ? value + rows_ahead * size : next_keys + (ahead - seen) * size;
-                        for (int line = 0; line < SWEEP; line += 64 / sizeof(Number)) announce(later + line);
-                        for (int v = 0; v < MOST; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
-                    }
-                } else {
-                    for (int64_t i = 0; i < seen; ++i, value += size)
-                        for (int v = 0; v < width; ++v) sums[v] += shares[i] * T::load_value(value + v * LANES);
-                }
+                prompt.add_values(shares, first, width, size, sums);
+                latest.add_values(latest_shares, first, width, size, sums);
                 for (int v = 0; v < width; ++v) store(turned + first + v * LANES, sums[v] * scale);
             }
             T::convert(turned, &pad.mixed[(b * p.count + j) * m.dim + h * size], size);
@@ -393,7 +444,7 @@ void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
     const long x_stride = padded(dim), qkv_stride = padded(3 * dim), inner_stride = padded(hidden);
     float *x = pad.x.data(), *qkv = pad.qkv.data();
     auto *normed = pad.normed.data(), *mixed = pad.mixed.data(), *inner = pad.inner.data();
-    std::vector<float> own(3 * dim + (p.chunks + 4) * LANES);
+    std::vector<float> own(3 * dim + (p.prompts.chunks + p.cache.chunks + 4) * LANES);
     auto keep = [&](int row, int channel, Vec one, Vec two) {
         store(qkv + row * qkv_stride + channel, one);
         store(qkv + row * qkv_stride + channel + LANES, two);

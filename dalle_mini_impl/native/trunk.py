@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -52,19 +53,36 @@ class _Model(ctypes.Structure):
     ]
 
 
-class _Pass(ctypes.Structure):
+class _Cache(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "keys", "values", "last", "latest", "logits", "slots")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("batch", "count", "position", "chunks", "capacity", "only_last", "threads")
-        ),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "chunks", "capacity", "length")),
     ]
 
 
+class _Pass(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("cache", _Cache),
+        ("prompts", _Cache),
+        *((name, ctypes.c_void_p) for name in ("owners", "last", "latest", "logits", "slots")),
+        *((name, ctypes.c_int64) for name in ("batch", "count", "only_last", "threads")),
+    ]
+
+
+@dataclass
 class NativeCache(KVCache):
     """A KVCache as the kernel reads it: keys (layers, B, H, chunks, lanes × D), so many positions a chunk; `last` is
-    fp32."""
+    fp32.
+
+    prompts: the cache that holds the first tokens, those of the prompt, where rows share them: row b continues its row
+    owners[b], (B,) int64, and has keys and values of later tokens only. What has just been prefilled is shared by all
+    rows that are selected from it.
+    """
+
+    prompts: NativeCache | None = None
+    owners: Tensor | None = None
 
     _room = staticmethod(torch.empty)  # memory is only touched where it is filled
     _last_dtype = torch.float32
@@ -73,9 +91,64 @@ class NativeCache(KVCache):
     def _keys_shape(layers: int, batch: int, heads: int, capacity: int, head_dim: int) -> tuple[int, ...]:
         return layers, batch, heads, -(-capacity // lanes()), lanes() * head_dim
 
+    @property
+    def capacity(self) -> int:
+        """Most tokens it holds, those of the prompt included."""
+        return self._shared_length + self.values.shape[3]
+
+    @property
+    def _shared_length(self) -> int:
+        return 0 if self.prompts is None else self.prompts.length
+
+    def select(self, rows: Tensor) -> Self:
+        """See `KVCache.select`; what has just been prefilled isn't copied, and must not be written to any more."""
+        if self.prompts is not None:
+            assert self.owners is not None
+            chosen = super().select(rows)
+            chosen.owners = self.owners[rows]
+            return chosen
+        if self.length != self.prompt_length:
+            return super().select(rows)
+        layers, _, heads, capacity, head_dim = self.values.shape
+        chosen = self.allocate(layers, len(rows), heads, capacity - self.length, head_dim, dtype=self.values.dtype)
+        chosen.length = chosen.prompt_length = self.length
+        chosen.last.copy_(self.last.index_select(2, rows))
+        chosen.prompts, chosen.owners = self, rows.contiguous()
+        return chosen
+
+    def beside(self, other: KVCache) -> Self:
+        """See `KVCache.beside`."""
+        assert isinstance(other, NativeCache)
+        if (self.prompts is None) != (other.prompts is None):
+            raise ValueError("a cache that shares its prompts can't be one with a cache that doesn't")
+        both = super().beside(other)
+        if self.prompts is not None and other.prompts is not None:
+            assert self.owners is not None and other.owners is not None
+            both.prompts = self.prompts.beside(other.prompts)
+            both.owners = torch.cat([self.owners, other.owners + self.prompts.values.shape[1]])
+        return both
+
+    def _emptied(self, batch: int) -> Self:
+        cache = super()._emptied(batch)
+        cache.prompts = self.prompts
+        return cache
+
     def _filled(self) -> list[tuple[Tensor, int]]:
-        _, *others = super()._filled()
-        return [(self.keys[:, :, :, : -(-self.length // lanes())], 1), *others]
+        own = self.length - self._shared_length
+        keys, values = self.keys[:, :, :, : -(-own // lanes())], self.values[:, :, :, :own]
+        return [(keys, 1), (values, 1), (self.last, 2), (self.ids, 0)]
+
+    def described(self) -> _Cache:
+        """Itself as the kernel takes it, without what it shares."""
+        _, batch, _, capacity, _ = self.values.shape
+        return _Cache(
+            keys=self.keys.data_ptr(),
+            values=self.values.data_ptr(),
+            batch=batch,
+            chunks=self.keys.shape[3],
+            capacity=capacity,
+            length=self.length - self._shared_length,
+        )
 
 
 def can_run(config: DALLEConfig, device: torch.device, dtype: torch.dtype) -> bool:
@@ -139,19 +212,18 @@ class NativeTrunk:
         if count > 1 and self._shifts:
             latest = torch.empty((*cache.last.shape[:3], count + 1, self.dim))
             cache.latest.update({(i, j): latest[i, j] for i in range(len(latest)) for j in range(2)})
+        prompts, owners = cache.prompts, cache.owners
         the_pass = _Pass(
             x=x.data_ptr(),
-            keys=cache.keys.data_ptr(),
-            values=cache.values.data_ptr(),
+            cache=cache.described(),
+            prompts=_Cache() if prompts is None else prompts.described(),
+            owners=None if owners is None else owners.data_ptr(),
             last=cache.last.data_ptr(),
             latest=None if latest is None else latest.data_ptr(),
             logits=logits.data_ptr(),
             slots=slots.data_ptr(),
             batch=batch,
             count=count,
-            position=cache.length,
-            chunks=cache.keys.shape[3],
-            capacity=cache.capacity,
             only_last=only_last,
             threads=min(torch.get_num_threads(), max(self._panels, batch * count)),  # more would only wait
         )
