@@ -94,14 +94,15 @@ class NativeCache(KVCache):
     @property
     def capacity(self) -> int:
         """Most tokens it holds, those of the prompt included."""
-        return self._shared_length + self.values.shape[3]
+        return self.shared_length + self.values.shape[3]
 
     @property
-    def _shared_length(self) -> int:
-        return 0 if self.prompts is None else self.prompts.length
+    def shared_length(self) -> int:
+        """Tokens that `prompts` holds for it."""
+        return 0 if self.prompts is None else self.prompts.prompt_length
 
     def select(self, rows: Tensor) -> Self:
-        """See `KVCache.select`; what has just been prefilled isn't copied, and must not be written to any more."""
+        """See `KVCache.select`; what has just been prefilled isn't copied, but shared."""
         if self.prompts is not None:
             assert self.owners is not None
             chosen = super().select(rows)
@@ -134,12 +135,12 @@ class NativeCache(KVCache):
         return cache
 
     def _filled(self) -> list[tuple[Tensor, int]]:
-        own = self.length - self._shared_length
+        own = self.length - self.shared_length
         keys, values = self.keys[:, :, :, : -(-own // lanes())], self.values[:, :, :, :own]
         return [(keys, 1), (values, 1), (self.last, 2), (self.ids, 0)]
 
-    def described(self) -> _Cache:
-        """Itself as the kernel takes it, without what it shares."""
+    def described(self, length: int) -> _Cache:
+        """Its own keys and values as the kernel takes them, of which so many tokens count."""
         _, batch, _, capacity, _ = self.values.shape
         return _Cache(
             keys=self.keys.data_ptr(),
@@ -147,7 +148,7 @@ class NativeCache(KVCache):
             batch=batch,
             chunks=self.keys.shape[3],
             capacity=capacity,
-            length=self.length - self._shared_length,
+            length=length,
         )
 
 
@@ -215,8 +216,8 @@ class NativeTrunk:
         prompts, owners = cache.prompts, cache.owners
         the_pass = _Pass(
             x=x.data_ptr(),
-            cache=cache.described(),
-            prompts=_Cache() if prompts is None else prompts.described(),
+            cache=cache.described(cache.length - cache.shared_length),
+            prompts=_Cache() if prompts is None else prompts.described(cache.shared_length),
             owners=None if owners is None else owners.data_ptr(),
             last=cache.last.data_ptr(),
             latest=None if latest is None else latest.data_ptr(),
