@@ -302,7 +302,7 @@ class PromptDrawer:
             texts = [prompts[prompt] for prompt, _ in jobs[part]]
             if embeddings is None or all(texts):
                 captions = text_ids[[prompt for prompt, _ in jobs[part]]]
-                clip, read = self._ranker_scores(images, samples.ids[part], texts, captions)
+                clip, read = self._ranker_scores(images, images, samples.ids[part], texts, captions)
             else:  # there is nothing to read, and the embedding says what the picture should be like
                 met = encode_pictures(embedding_clip(self.bundle), images) * embeddings[part].cpu()
                 clip, read = met.sum(dim=1).tolist(), [None] * len(texts)
@@ -349,16 +349,16 @@ class PromptDrawer:
     @torch.no_grad()
     def _ranker_scores(
         self,
+        given: Tensor | Sequence[Image.Image],
         images: Tensor,
         ids: Tensor,
         prompts: Sequence[str],
         text_ids: Tensor,
-        given: Sequence[Image.Image] | None = None,
     ) -> tuple[list[float] | list[None], list[float] | list[None]]:
         """CLIP's cosines, and log p(caption | picture) by what reads best; None where nothing tells them.
 
-        images: (n, 3, S, S) in [0, 1], of which the VAE makes ids (n, N). text_ids: (n, T), the prompts. given: the
-        pictures as they were before they became images, for a pretrained CLIP to preprocess in its own way.
+        given: the pictures as they came, for a pretrained CLIP to preprocess in its own way. images: (n, 3, S, S) in
+        [0, 1], what became of them, and ids (n, N), what the VAE makes of those. text_ids: (n, T), the prompts.
         """
         clip, device = self.captioning_clip, self.dalle.image_head.weight.device
         text_ids = text_ids.to(device)
@@ -368,7 +368,7 @@ class PromptDrawer:
         clip_scores: list[float] | list[None] = [None] * len(images)
         read_scores: list[float] | list[None] = [None] * len(images)
         if self.embedder is not None:
-            clip_scores = score_pairs(self.embedder, images if given is None else given, prompts).tolist()
+            clip_scores = score_pairs(self.embedder, given, prompts).tolist()
         if clip is not None:
             read_scores = clip.caption_log_likelihood(images.to(device), text_ids).tolist()
         elif self.reader == "dalle":

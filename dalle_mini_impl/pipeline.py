@@ -200,8 +200,7 @@ class TextToImage(PromptDrawer):
             given, text = pictures[part], text_ids[part].to(device)
             images = self._pixels_of(given)
             ids = self._encode(images)
-            originals = None if isinstance(given, Tensor) else given
-            clip, read = self._ranker_scores(images, ids, captions[part], text, originals)
+            clip, read = self._ranker_scores(given, images, ids, captions[part], text)
             likelihoods = self.dalle.log_likelihood(text, ids).tolist()
             for caption, of_clip, of_read, likelihood in zip(captions[part], clip, read, likelihoods, strict=True):
                 scores = {"clip_score": of_clip, "read_score": of_read, "log_likelihood": likelihood}

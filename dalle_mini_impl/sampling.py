@@ -75,7 +75,7 @@ def stream_tokens(
     Raises ValueError for a model in training mode, rows without a prompt, ids that aren't any, or captions of
     different slots (`sample_rows` sorts those).
     """
-    engine = dalle if isinstance(dalle, Engine) else pack(dalle, settings, fixed)
+    engine = pack(dalle, settings, fixed)
     stream = engine.stream
     _check(stream, text_ids, prompts, rows, known, window, embeddings)
     if not rows:
@@ -160,7 +160,7 @@ def stream_rows(
 ) -> Generator[tuple[list[int], Partial], None, Samples]:
     """`sample_rows` step by step: yields the places in `rows` that are being drawn and how far they are, micro-batch
     after micro-batch, and returns what `sample_rows` does."""
-    engine = dalle if isinstance(dalle, Engine) else pack(dalle, settings, fixed)
+    engine = pack(dalle, settings, fixed)
     stream = engine.stream
     _check(stream, text_ids, prompts, rows, known, window, embeddings)
     batch_size = fitting_batch_size(engine.dalle, settings) if batch_size is None else batch_size
@@ -289,11 +289,14 @@ def _dtype(settings: SamplingConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if resolve_precision(settings.precision, device) == "bf16" else torch.float32
 
 
-def pack(dalle: DALLE, settings: SamplingConfig, fixed: FixedShapes = None) -> Engine:
-    """The model packed to draw as settings say; see `Engine`. fixed: as in `decoding.decode`.
+def pack(dalle: DALLE | Engine, settings: SamplingConfig, fixed: FixedShapes = None) -> Engine:
+    """The model packed to draw as settings say, see `Engine`; one that is packed stays as it is.
 
-    Raises ValueError for a model in training mode, or a kernel that is asked for and can't be had.
+    fixed: as in `decoding.decode`. Raises ValueError for a model in training mode, or a kernel that is asked for and
+    can't be had.
     """
+    if isinstance(dalle, Engine):
+        return dalle
     if dalle.training:
         raise ValueError("this DALLE is in training mode: call .eval() before sampling")
     device = dalle.image_head.weight.device

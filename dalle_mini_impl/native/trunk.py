@@ -171,9 +171,9 @@ class NativeTrunk:
         library = kernel()
         assert library is not None
         self._run = library.run_pass
-        self._panels = head.shape[1] // (2 * lanes())
         self._kept: list[Tensor] = []  # what the kernel's pointers point to
         self.vocab, self.dim = head.shape
+        self._panels = self.dim // (2 * lanes())
         packed = (_Layer * len(layers))()
         for place, layer in zip(packed, layers, strict=True):
             for name in ("qkv", "out", "up", "down"):
