@@ -16,7 +16,7 @@ from PIL import Image
 
 from dalle_mini_impl.cli.app import VERBS, main
 from dalle_mini_impl.native import trunk
-from dalle_mini_impl.native.build import kernel
+from dalle_mini_impl.native.kernel import kernel
 from dalle_mini_impl.sheet import read_metadata, save_png
 from tests.tiny import tiny_checkpoint
 

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle_mini_impl import compiled
 from dalle_mini_impl.config import DALLEConfig, SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.filters import choose, guide
-from dalle_mini_impl.native import build, trunk
+from dalle_mini_impl.native import trunk
 from dalle_mini_impl.native.choice import choose as native_choose
+from dalle_mini_impl.native.kernel import SOURCE, kernel
 from dalle_mini_impl.native.trunk import NativeCache, can_run, lanes, pack
 from dalle_mini_impl.sampling import stream_tokens
 from dalle_mini_impl.stream import Stream
@@ -26,11 +28,11 @@ from tests.tiny import randomize, some_captions
 
 STREAM = Stream(text_length=6, grid_size=5, text_vocab=20, image_vocab=43)
 N = STREAM.num_image_tokens
-LIBRARY = build.kernel()
+LIBRARY = kernel()
 CPU = torch.device("cpu")
 TYPES = [torch.float32, torch.bfloat16] if LIBRARY is not None and LIBRARY.has_brief() else [torch.float32]
 
-compiled = pytest.mark.skipif(LIBRARY is None, reason="the decoder's kernel can't be compiled here")
+needs_kernel = pytest.mark.skipif(LIBRARY is None, reason="the decoder's kernel can't be compiled here")
 
 
 def _dalle(**values: object) -> DALLE:
@@ -66,7 +68,7 @@ MODELS = [
 ]
 
 
-@compiled
+@needs_kernel
 @pytest.mark.parametrize("counts", [ONE_BY_ONE, [N - 1], [2, 1, 17, 4]], ids=["one by one", "at once", "some"])
 @pytest.mark.parametrize("values", MODELS, ids=str)
 def test_logits_equal_those_of_the_whole_stream(values: dict[str, object], counts: list[int]) -> None:
@@ -76,7 +78,7 @@ def test_logits_equal_those_of_the_whole_stream(values: dict[str, object], count
     assert torch.allclose(_logits(Engine(dalle), text, images, counts), expected, atol=1e-5)
 
 
-@compiled
+@needs_kernel
 @pytest.mark.skipif(len(TYPES) < 2, reason="this processor doesn't multiply bf16")
 @pytest.mark.parametrize("values", MODELS, ids=str)
 def test_bf16_is_as_near_as_pytorch_s_operations_in_bf16(values: dict[str, object]) -> None:
@@ -91,7 +93,7 @@ def test_bf16_is_as_near_as_pytorch_s_operations_in_bf16(values: dict[str, objec
     assert error < 1.2 * (theirs - expected[:, 1:]).abs().mean()
 
 
-@compiled
+@needs_kernel
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype: torch.dtype) -> None:
     engine, text, images = Engine(_dalle(above_embedding=True), dtype), some_captions(STREAM).repeat(6, 1), _images(24)
@@ -109,7 +111,7 @@ def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype:
         torch.set_num_threads(threads)
 
 
-@compiled
+@needs_kernel
 @torch.no_grad()
 @pytest.mark.parametrize("counts", [ONE_BY_ONE, [N - 1], [2, 1, 17, 4]], ids=["one by one", "at once", "some"])
 @pytest.mark.parametrize("values", MODELS, ids=str)
@@ -130,7 +132,7 @@ def test_rows_share_what_was_prefilled(values: dict[str, object], counts: list[i
     assert torch.equal(filled, before), "they write to caches of their own"
 
 
-@compiled
+@needs_kernel
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_rows_that_share_are_chosen_and_joined(dtype: torch.dtype) -> None:
@@ -148,7 +150,7 @@ def test_rows_that_share_are_chosen_and_joined(dtype: torch.dtype) -> None:
         one.beside(engine.prefill(text[:2])[1])
 
 
-@compiled
+@needs_kernel
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
@@ -166,7 +168,7 @@ def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
         start += 1
 
 
-@compiled
+@needs_kernel
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_pictures_are_the_same_alone_together_and_by_guessing_ahead(dtype: torch.dtype) -> None:
     engine, text = Engine(_dalle(above_embedding=True), dtype), some_captions(STREAM)[:1]
@@ -196,7 +198,7 @@ SETTINGS = [
 ]
 
 
-@compiled
+@needs_kernel
 @pytest.mark.parametrize("is_guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize("values", SETTINGS, ids=str)
 def test_what_is_chosen_is_what_the_filters_choose(values: dict[str, float], is_guided: bool) -> None:
@@ -216,7 +218,7 @@ def test_what_is_chosen_is_what_the_filters_choose(values: dict[str, float], is_
         assert (of_null is not None) == is_guided
 
 
-@compiled
+@needs_kernel
 def test_a_pass_beyond_the_cache_is_refused() -> None:
     engine, text, images = Engine(_dalle()), some_captions(STREAM), _images()
     _, cache = engine.prefill(text)
@@ -241,7 +243,7 @@ def test_other_models_are_left_to_pytorch(values: dict[str, object]) -> None:
         assert torch.allclose(logits, dalle(text, images)[1][:, 1:], atol=1e-5)
 
 
-@compiled
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packing_puts_each_weight_into_its_panel(dtype: torch.dtype) -> None:
     size = 2 * lanes()
@@ -254,13 +256,13 @@ def test_packing_puts_each_weight_into_its_panel(dtype: torch.dtype) -> None:
     assert packed.shape[0] == 2 and packed.numel() == 2 * size * 6
 
 
-@compiled
+@needs_kernel
 def test_vectors_of_avx2_do_the_same() -> None:
     if lanes() == 8:
         pytest.skip("this processor's vectors are those of AVX2, which the other tests have used")
     chosen = "logits_equal or bits_depend or taken_back or alone_together or filters_choose"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    environment = {**os.environ, build.SWITCH: "avx2"}
+    environment = {**os.environ, compiled.SWITCH: "avx2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
@@ -268,17 +270,18 @@ def test_vectors_of_avx2_do_the_same() -> None:
 def test_the_kernel_is_compiled_once(tmp_path: Path) -> None:
     if LIBRARY is None:
         pytest.skip("the decoder's kernel can't be compiled here")
-    library = build._compiled(tmp_path)
+    library = compiled._compiled(SOURCE, tmp_path)
     before = library.stat().st_mtime_ns
     time.sleep(0.01)
-    assert build._compiled(tmp_path) == library and library.stat().st_mtime_ns == before
+    assert compiled._compiled(SOURCE, tmp_path) == library and library.stat().st_mtime_ns == before
     assert [path.name for path in tmp_path.iterdir()] == [library.name], "nothing is left lying about"
 
 
 def _kernel_in(environment: dict[str, str]) -> tuple[str, str]:
     """What a fresh process under this environment says of the kernel, and what it logs."""
     code = (
-        "import logging; logging.basicConfig(level=20); from dalle_mini_impl.native import build; print(build.kernel())"
+        "import logging; logging.basicConfig(level=20); "
+        "from dalle_mini_impl.native.kernel import kernel; print(kernel())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
@@ -287,7 +290,7 @@ def _kernel_in(environment: dict[str, str]) -> tuple[str, str]:
 
 
 def test_without_a_compiler_or_room_or_wish_there_is_no_kernel_and_one_line_says_why(tmp_path: Path) -> None:
-    if sys.platform != "linux" or b"avx2" not in build._processor().split():
+    if sys.platform != "linux" or b"avx2" not in compiled._processor().split():
         pytest.skip("only compiled on Linux, for AVX2")
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "decode.cpp: no such processor" >&2\nexit 1\n')
@@ -301,19 +304,19 @@ def test_without_a_compiler_or_room_or_wish_there_is_no_kernel_and_one_line_says
     ):
         found, said = _kernel_in(environment)
         assert found == "None" and reason in said, environment
-    found, said = _kernel_in({build.SWITCH: "0"})
+    found, said = _kernel_in({compiled.SWITCH: "0"})
     assert (found, said) == ("None", "")
 
 
 def test_a_processor_with_shorter_vectors_is_left_to_pytorch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build.sys, "platform", "linux")
-    monkeypatch.delenv(build.SWITCH, raising=False)
-    monkeypatch.setattr(build, "_processor", lambda: b"flags : sse2 avx fma")
-    monkeypatch.setattr(build, "_compiled", lambda *_: pytest.fail("compiled for nothing"))
+    monkeypatch.setattr(compiled.sys, "platform", "linux")
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    monkeypatch.setattr(compiled, "_processor", lambda: b"flags : sse2 avx fma")
+    monkeypatch.setattr(compiled, "_compiled", lambda *_: pytest.fail("compiled for nothing"))
     with caplog.at_level("INFO", "dalle_mini_impl"):
-        assert build.kernel.__wrapped__() is None
+        assert compiled.library.__wrapped__(SOURCE, compiled.AVX2, "decoding") is None
     assert "made for processors with AVX2" in caplog.text
 
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from dalle_mini_impl.layers.native_attention import attend as attend_natively
+from dalle_mini_impl.layers.native_attention import can_attend
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.rope import rotate
 
@@ -222,15 +224,21 @@ class Attention(nn.Module):
         causal one: (L, M) for M keys, those in the cache first, or, without a cache, (B, 1, 1, L). cache: holds the
         tokens before x, and then those of x, too.
         """
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        qkv = self.qkv(x)
+        dropout = self.dropout if self.training else 0.0
+        is_whole = cache is None and mask is None and not dropout and (rope is None or rope[0].ndim == 2)
+        if is_whole and can_attend(qkv, self.heads):
+            weights = self.query_norm.weight, self.key_norm.weight
+            out: Tensor = self.out(attend_natively(qkv, *weights, rope, self.heads, self.causal))
+            return out
+        q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=self.heads)
         q, k = self.query_norm(q), self.key_norm(k)  # (B, H, L, D)
         if rope is not None:
             cos, sin = (table.to(q.dtype) for table in rope)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        dropout = self.dropout if self.training else 0.0
         is_causal = self.causal and x.shape[1] > 1 and mask is None
         mixed = attend(q, k.to(q.dtype), v.to(q.dtype), mask, dropout, is_causal)
-        out: Tensor = self.out(rearrange(mixed, "b h l d -> b l (h d)"))
+        out = self.out(rearrange(mixed, "b h l d -> b l (h d)"))
         return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.config import SamplingConfig
-from dalle_mini_impl.native.build import kernel
+from dalle_mini_impl.native.kernel import kernel
 
 
 class _Choice(ctypes.Structure):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.layers.attention import KVCache
-from dalle_mini_impl.native.build import kernel
+from dalle_mini_impl.native.kernel import kernel
 
 
 def lanes() -> int:

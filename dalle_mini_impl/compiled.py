@@ -1,4 +1,4 @@
-"""Compiles the decoder's kernel for the machine it runs on, once, and loads it."""
+"""Compiles the package's C++ for the machine it runs on, once, and loads it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ from pathlib import Path
 
 logger = logging.getLogger("dalle_mini_impl")
 
-SOURCE = Path(__file__).with_name("decode.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 SWITCH = "DALLE_MINI_IMPL_NATIVE"
 """Environment variable; "0" does without compiled code, "avx2" without AVX-512 where the processor has that."""
-_NEEDED = {b"avx2", b"fma"}
+AVX2, AVX512_BF16 = frozenset({b"avx2", b"fma"}), frozenset({b"avx512_bf16"})
+_NAMES = {AVX2: "AVX2", AVX512_BF16: "AVX512-BF16"}
 _TIMEOUT_SEC = 120
 
 
 @cache
-def kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, or None where it isn't wanted or can't be had: no Linux, AVX2, g++ or room to write.
+def library(source: Path, needed: frozenset[bytes], purpose: str) -> ctypes.CDLL | None:
+    """A compiled source, or None where it isn't wanted or can't be had, which the log says once.
 
-    Compiling takes a few seconds, the first time on a machine; what comes out is kept in $XDG_CACHE_HOME.
+    needed: AVX2 or AVX512_BF16, what the processor must have. purpose: what runs in PyTorch's operations otherwise.
+    Compiling takes Linux, g++ and a few seconds, the first time on a machine; $XDG_CACHE_HOME keeps what comes out.
     """
     wish = os.environ.get(SWITCH, "1")
     if wish == "0" or sys.platform != "linux":
         return None
-    if not set(_processor().split()) >= _NEEDED:
-        logger.info("decoding runs in PyTorch's operations, since its kernel is made for processors with AVX2")
+    without = needed == AVX512_BF16 and wish == "avx2"
+    if without or not set(_processor().split()) >= needed:
+        logger.info(
+            "%s runs in PyTorch's operations; its kernel is made for processors with %s", purpose, _NAMES[needed]
+        )
         return None
     try:
-        return ctypes.CDLL(str(_compiled(cache_folder(), (*FLAGS, "-mno-avx512f") if wish == "avx2" else FLAGS)))
+        flags = (*FLAGS, "-mno-avx512f") if wish == "avx2" else FLAGS
+        return ctypes.CDLL(str(_compiled(source, cache_folder(), flags)))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info(
-            "decoding runs in PyTorch's operations, since its kernel can't be compiled here: %s", _reason(error)
-        )
+        why = _reason(error)
+        logger.info("%s runs in PyTorch's operations, since its kernel can't be compiled here: %s", purpose, why)
         return None
 
 
@@ -50,7 +54,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle-mini-impl"
 
 
-def _compiled(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
+def _compiled(source: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     """The library for this source, compiler, processor and flags, compiled if it isn't there yet.
 
     Raises OSError or SubprocessError where there is no compiler, where it fails or nothing can be written.
@@ -59,16 +63,16 @@ def _compiled(folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
     if compiler is None:
         raise FileNotFoundError("no C++ compiler (g++) found")
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_SEC).stdout
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(flags).encode(), version, _processor()]))
-    library = folder / f"decode-{key.hexdigest()[:16]}.so"
-    if not library.is_file():
+    key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join(flags).encode(), version, _processor()]))
+    built = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if not built.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # beside it, so that moving it is one step
-            part = Path(scratch) / library.name
-            command = [compiler, *flags, "-o", str(part), str(SOURCE)]
+            part = Path(scratch) / built.name
+            command = [compiler, *flags, "-o", str(part), str(source)]
             subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_SEC)
-            part.replace(library)
-    return library
+            part.replace(built)
+    return built
 
 
 def _processor() -> bytes:

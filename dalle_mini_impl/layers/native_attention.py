@@ -1,0 +1,175 @@
+"""Attention of a training batch in compiled code (`attend.cpp`), forward and backward, as an operation of PyTorch's.
+
+From the projection's output to what the next one takes: norms of queries and keys, rotation, causal scores, softmax
+and mixing, head by head in the core's cache. `layers.attention.Attention` uses it where it can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.compiled import AVX512_BF16, library
+
+SOURCE = Path(__file__).with_name("attend.cpp")
+
+LONGEST = 512
+"""Tokens beyond which what belongs to one head leaves the core's cache."""
+HEAD_DIMS = (32, 64, 96, 128)
+"""What the kernel is compiled for."""
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "qkv",
+                "query_weight",
+                "key_weight",
+                "cosines",
+                "sines",
+                "mixed",
+                "log_sums",
+                "mixed_gradient",
+                "qkv_gradient",
+                "query_weight_gradient",
+                "key_weight_gradient",
+            )
+        ),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "head_dim", "is_causal", "threads")),
+    ]
+
+
+def can_attend(qkv: Tensor, heads: int) -> bool:
+    """Whether there is a kernel for the projection's output (B, L, 3 × heads × D)."""
+    batch, length, width = qkv.shape
+    is_fit = batch > 0 and 0 < length <= LONGEST and width // (3 * heads) in HEAD_DIMS
+    return is_fit and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and has_kernel()
+
+
+def kernel() -> ctypes.CDLL | None:
+    """The compiled attention, or None where it isn't wanted or can't be had; see `compiled.library`."""
+    return library(SOURCE, AVX512_BF16, "attention in training")
+
+
+_has_kernel: bool | None = None
+
+
+def has_kernel() -> bool:
+    """Whether there is a kernel; once asked, torch.compile sees a plain value here and doesn't ask the machine."""
+    global _has_kernel
+    if _has_kernel is None:
+        _has_kernel = kernel() is not None
+    return _has_kernel
+
+
+def attend(
+    qkv: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+    heads: int,
+    is_causal: bool,
+) -> Tensor:
+    """Queries, keys and values (B, L, 3 × heads × D) bf16 to what attention mixes of them, (B, L, heads × D) bf16.
+
+    query_weight, key_weight: (D,) of the norms. rope: cos and sin (L, D/2). Needs `can_attend`.
+    """
+    cos, sin = (None, None) if rope is None else (table.float() for table in rope)
+    mixed: Tensor = _forward(qkv, query_weight.float(), key_weight.float(), cos, sin, heads, is_causal)[0]
+    return mixed
+
+
+@torch.library.custom_op("dalle_mini_impl::attend", mutates_args=(), device_types="cpu")
+def _forward(
+    qkv: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Mixed (B, L, heads × D) bf16, and the logarithms of the softmax's sums, (B, heads, L) fp32."""
+    batch, length, width = qkv.shape
+    mixed = qkv.new_empty((batch, length, width // 3))
+    log_sums = torch.empty((batch, heads, length))
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (qkv, query_weight, key_weight, cos, sin)]
+    _run("attend_forward", [*inputs, mixed, log_sums, None, None, None, None], qkv.shape, heads, is_causal)
+    return mixed, log_sums
+
+
+@_forward.register_fake
+def _(
+    qkv: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, length, width = qkv.shape
+    return qkv.new_empty((batch, length, width // 3)), query_weight.new_empty((batch, heads, length))
+
+
+@torch.library.custom_op("dalle_mini_impl::attend_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    log_sums: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, bf16, and of both weights, from that of `mixed`."""
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (qkv, query_weight, key_weight, cos, sin)]
+    gradient = gradient.to(torch.bfloat16).contiguous()
+    gradients = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (qkv, query_weight, key_weight)]
+    tensors = [*inputs, None, log_sums, gradient, *gradients]
+    _run("attend_backward", tensors, qkv.shape, log_sums.shape[1], is_causal)
+    return gradients[0], gradients[1], gradients[2]
+
+
+@_backward.register_fake
+def _(
+    gradient: Tensor,
+    qkv: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    log_sums: Tensor,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(qkv), torch.empty_like(query_weight), torch.empty_like(key_weight)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, _, ctx.is_causal = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, gradient, _):  # type: ignore[no-untyped-def]
+    return *_backward(gradient, *ctx.saved_tensors, ctx.is_causal), None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _run(name: str, tensors: list[Tensor | None], shape: torch.Size, heads: int, is_causal: bool) -> None:
+    """Calls the kernel with all tensors of `_Attention`, in its order."""
+    attention = kernel()
+    assert attention is not None
+    batch, length, width = shape
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes = batch, length, heads, width // (3 * heads), is_causal, torch.get_num_threads()
+    is_done = getattr(attention, name)(ctypes.byref(_Attention(*pointers, *sizes)))
+    assert is_done, f"there is no kernel for heads of {width // (3 * heads)}"
