@@ -134,11 +134,13 @@ def _regularization(choice: Choice, data: Survey, size: int, hardware: Hardware)
 def _cpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float | None) -> None:
     """A transformer that the time suffices for.
 
-    Measured on `shapes`: d 128 × 8 and d 192 × 6 are level after 410 core-seconds of the transformer's own, and
-    d 192 × 6 is good at 25 minutes of two cores; `emoji` took d 256 × 6 in 125 minutes of one. The others are guesses.
+    The law of `bench.law`, fitted to runs on `shapes`, has a best size of 0.56, 1.4, 3.0 and 6.8 M parameters after 5,
+    30, 120 and 480 minutes of one core that a transformer has for itself, which is 0.61 of the whole; these are the
+    sizes at hand, each as long as it is the nearest by ratio.
     """
     core_sec = (budget_sec or ASSUMED_SEC) * hardware.cores
-    ladder = ((900, 128, 8, 2), (4_500, 192, 6, 3), (14_000, 256, 6, 4), (60_000, 256, 8, 4), (float("inf"), 384, 8, 6))
+    ladder = ((800, 96, 4, 3), (6_000, 128, 8, 2), (18_000, 192, 6, 3), (43_000, 256, 6, 4), (120_000, 256, 8, 4))
+    ladder += ((float("inf"), 384, 8, 6),)
     dim, layers, heads = next((d, n, h) for limit, d, n, h in ladder if core_sec < limit)
     why = _suits(hardware, budget_sec)
     if size == SMALL and dim > 256:
