@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.cli.evaluate import evaluate
-from dalle_mini_impl.data.scenes import Scene, render
+from dalle_mini_impl.data.checker import read_scene
+from dalle_mini_impl.data.scenes import COLOURS, SHAPES, Exists, Scene, render
+from dalle_mini_impl.data.shape_captions import parse_caption
 from dalle_mini_impl.data.shapes import held_out_scenes
+from dalle_mini_impl.embed import Pictures
 from dalle_mini_impl.evaluate import Share, evaluate_shapes, vae_ceiling
+from dalle_mini_impl.evaluate_clip import evaluate_clip
 from tests.tiny import tiny_checkpoint
 
 
@@ -109,6 +114,48 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, capsys: pytest.Capt
     assert facts["settings"]["guidance"] == 1.5 and facts["num_prompts"] == 2
     assert facts["pairs"]["unseen"]["single"]["total"] == 2 and facts["pairs"]["seen"]["best"] is not None
     assert len(facts["pairs"]["seen"]["prompts"]) == 2
+    assert facts["clip"]["seen"]["pictures"]["total"] == 1000 and facts["clip"]["unseen"]["colours"]["total"] == 500
     assert Image.open(tmp_path / "sheet.png").width > 300
     printed = capsys.readouterr().out
-    assert "single sample" in printed and "8 pictures in" in printed
+    assert "single sample" in printed and "8 pictures in" in printed and "shape of a single shape" in printed
+
+
+class ColourBlind:
+    """A CLIP that sees the true colours and shapes of single shapes, or shapes alone."""
+
+    scale, bias, image_size, name, device = 10.0, 0.0, 64, "blind", torch.device("cpu")
+
+    def __init__(self, *, sees_colours: bool) -> None:
+        self.sees_colours, self.module = sees_colours, torch.nn.Identity()
+
+    def _vector(self, things: set[tuple[str, str]]) -> Tensor:
+        vector = torch.zeros(len(COLOURS) * len(SHAPES))
+        for colour, shape in things:
+            for seen in [colour] if self.sees_colours else COLOURS:
+                vector[list(COLOURS).index(seen) * len(SHAPES) + SHAPES.index(shape)] += 1  # type: ignore[arg-type]
+        return vector / vector.norm()
+
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        claims = [[claim for claim in parse_caption(text) if isinstance(claim, Exists)] for text in texts]
+        return torch.stack([self._vector({(claim.colour, claim.shape) for claim in each}) for each in claims])
+
+    def encode_pictures(self, pictures: Pictures, batch_size: int = 64) -> Tensor:
+        found = [read_scene(np.asarray(picture)) for picture in pictures]
+        return torch.stack(
+            [self._vector({(thing.colour, thing.shape or "circle") for thing in scene.things}) for scene in found]
+        )
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def test_a_clip_is_judged_by_what_it_sees() -> None:
+    sharp, blind = (
+        evaluate_clip(ColourBlind(sees_colours=sees), "seen", 64, num_singles=40, num_captions=30)
+        for sees in (True, False)
+    )
+    assert sharp.colours.share == sharp.shapes.share == 1.0 and sharp.colours.total == 40
+    assert blind.shapes.share == 1.0 and blind.colours.share < 0.4
+    assert blind.pictures.share < sharp.pictures.share and sharp.pictures.total == 30 == sharp.captions.total
+    with pytest.raises(ValueError, match="num_captions 0"):
+        evaluate_clip(ColourBlind(sees_colours=True), "seen", 64, num_captions=0)

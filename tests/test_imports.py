@@ -36,7 +36,7 @@ LEVELS = [
         "sheet",
     },
     {"training", "drawn", "drawing", "pipeline"},
-    {"cli", "web", "bench", "evaluate", "estimate", "report", "__main__"},
+    {"cli", "web", "bench", "evaluate", "evaluate_clip", "estimate", "report", "__main__"},
 ]
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 WITHIN_A_LEVEL = {
@@ -49,6 +49,8 @@ WITHIN_A_LEVEL = {
     ("decoding", "engine"),
     ("editing", "decoding"),
     ("cli", "evaluate"),
+    ("cli", "evaluate_clip"),
+    ("evaluate_clip", "evaluate"),
     ("cli", "bench"),
     ("cli", "estimate"),
     ("cli", "web"),

@@ -139,8 +139,14 @@ def _cpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float
     sizes at hand, each as long as it is the nearest by ratio.
     """
     core_sec = (budget_sec or ASSUMED_SEC) * hardware.cores
-    ladder = ((800, 96, 4, 3), (6_000, 128, 8, 2), (18_000, 192, 6, 3), (43_000, 256, 6, 4), (120_000, 256, 8, 4))
-    ladder += ((float("inf"), 384, 8, 6),)
+    ladder = [
+        (800, 96, 4, 3),
+        (6_000, 128, 8, 2),
+        (18_000, 192, 6, 3),
+        (43_000, 256, 6, 4),
+        (120_000, 256, 8, 4),
+        (float("inf"), 384, 8, 6),
+    ]
     dim, layers, heads = next((d, n, h) for limit, d, n, h in ladder if core_sec < limit)
     why = _suits(hardware, budget_sec)
     if size == SMALL and dim > 256:
