@@ -5,7 +5,7 @@
 // causal scores above the diagonal are left out. Products take bf16 and sum in fp32; all else is fp32. Threads share out
 // sequences and heads; for one number of threads the bits are always the same.
 //
-// Compiled by native/build.py with -march=native; called through ctypes by native/attention.py.
+// Compiled by compiled.py with -march=native; called through ctypes by native_attention.py.
 
 #include <omp.h>
 
@@ -23,7 +23,7 @@ extern "C" {
 
 // All contiguous. qkv and its gradient (batch, length, 3, heads, head_dim), mixed and its gradient (batch, length, heads,
 // head_dim), all bf16. Weights of the norms of queries and keys (head_dim), and their gradients. cosines, sines (length,
-// head_dim / 2), or null. log_sums (batch, heads, length): of each query's exponentials. head_dim: a multiple of 32.
+// head_dim / 2), or null. log_sums (batch, heads, length): of each query's exponentials. head_dim: 32, 64, 96 or 128.
 struct Attention {
     const uint16_t* qkv;
     const float *query_weight, *key_weight, *cosines, *sines;
@@ -371,7 +371,6 @@ private:
 
     void make_room_for_gradients() {
         if (!key_rows.empty()) return;
-        sums.resize(std::max<int64_t>(MOST_ROWS, 2) * DIM);
         share_gradients.resize(MOST_ROWS * room);
         score_gradients.resize(MOST_ROWS * room);
         for (auto* rows : {&key_rows, &query_rows, &gradient_rows}) rows->resize(room / 2 * DIM);

@@ -98,8 +98,8 @@ def _forward(
     batch, length, width = qkv.shape
     mixed = qkv.new_empty((batch, length, width // 3))
     log_sums = torch.empty((batch, heads, length))
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in (qkv, query_weight, key_weight, cos, sin)]
-    _run("attend_forward", [*inputs, mixed, log_sums, None, None, None, None], qkv.shape, heads, is_causal)
+    tensors = [qkv, query_weight, key_weight, cos, sin, mixed, log_sums, None, None, None, None]
+    _run("attend_forward", tensors, qkv.shape, heads, is_causal)
     return mixed, log_sums
 
 
@@ -129,10 +129,9 @@ def _backward(
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, bf16, and of both weights, from that of `mixed`."""
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in (qkv, query_weight, key_weight, cos, sin)]
-    gradient = gradient.to(torch.bfloat16).contiguous()
     gradients = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (qkv, query_weight, key_weight)]
-    tensors = [*inputs, None, log_sums, gradient, *gradients]
+    own = [qkv, query_weight, key_weight, cos, sin]
+    tensors = [*own, None, log_sums, gradient.to(torch.bfloat16), *gradients]
     _run("attend_backward", tensors, qkv.shape, log_sums.shape[1], is_causal)
     return gradients[0], gradients[1], gradients[2]
 
@@ -165,11 +164,12 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _run(name: str, tensors: list[Tensor | None], shape: torch.Size, heads: int, is_causal: bool) -> None:
-    """Calls the kernel with all tensors of `_Attention`, in its order."""
+    """Calls the kernel with all tensors of `_Attention`, in its order; what it writes to is contiguous already."""
     attention = kernel()
     assert attention is not None
     batch, length, width = shape
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    whole = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in whole]
     sizes = batch, length, heads, width // (3 * heads), is_causal, torch.get_num_threads()
     is_done = getattr(attention, name)(ctypes.byref(_Attention(*pointers, *sizes)))
     assert is_done, f"there is no kernel for heads of {width // (3 * heads)}"

@@ -6,7 +6,7 @@
 // Each row's numbers are computed in an order that depends on nothing else in the batch, so its bits don't either.
 //
 // Residual stream, norms, scores and sums are fp32; weights, keys and values are float or, with a CPU that multiplies
-// them (AVX512-BF16), bf16. Compiled by native/build.py with -march=native; called through ctypes by native/trunk.py.
+// them (AVX512-BF16), bf16. Compiled by compiled.py with -march=native; called through ctypes by native/trunk.py.
 
 #include <omp.h>
 
