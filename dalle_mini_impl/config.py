@@ -472,9 +472,9 @@ class SamplingConfig(Section):
     """Keep the likeliest tokens whose probabilities add up to top_p."""
     min_p: Share = 0.0
     """Drop tokens less than min_p times as likely as the likeliest; 0 keeps all."""
-    guidance: Annotated[float, Field(ge=0)] = 3.0
+    guidance: Annotated[float, Field(ge=0)] = 2.0
     """Classifier-free guidance scale; 1 means none."""
-    guidance_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    guidance_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """linear and cosine let the scale rise from 1 at the first token to guidance at the last."""
     guidance_power: Annotated[float, Field(gt=0)] = 1.0
     """cosine rises later in the grid where this is above 1."""

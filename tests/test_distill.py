@@ -117,10 +117,10 @@ def finished(before: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_distilled_checkpoint_draws_without_guidance(before: Path, finished: Path, tmp_path: Path) -> None:
-    assert load_bundle(before).recipe.sampling.guidance == 3.0
+    assert load_bundle(before).recipe.sampling.guidance == 2.0
     model = TextToImage.from_pretrained(finished)
-    assert model.settings().guidance == 1.0 and model.settings(guidance=2.0).guidance == 2.0
-    assert json.loads((finished / "run.json").read_text())["recipe"]["sampling"]["guidance"] == 3.0
+    assert model.settings().guidance == 1.0 and model.settings(guidance=3.0).guidance == 3.0
+    assert json.loads((finished / "run.json").read_text())["recipe"]["sampling"]["guidance"] == 2.0
     assert any(not torch.equal(value, weights(before)[name]) for name, value in weights(finished).items())
     for part in ("vae", "clip"):
         ours, theirs = (getattr(load_bundle(out), part).state_dict() for out in (finished, before))
@@ -139,9 +139,9 @@ def test_a_dalle_that_is_trained_anew_needs_guidance_again(finished: Path, tmp_p
     out = shutil.copytree(finished, tmp_path / "anew")
     shutil.rmtree(out / "state" / "dalle")
     assert train(recipe(), DATA, out, stages=["dalle"])
-    assert load_bundle(out).recipe.sampling.guidance == 3.0
+    assert load_bundle(out).recipe.sampling.guidance == 2.0
     assert train(recipe("train.vqgan.steps=2"), DATA, out, stages=["vqgan"])
-    assert load_bundle(out).recipe.sampling.guidance == 3.0
+    assert load_bundle(out).recipe.sampling.guidance == 2.0
 
 
 @pytest.mark.parametrize(("step", "how"), [(2, terminate), (5, crash)])

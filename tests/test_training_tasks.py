@@ -301,6 +301,25 @@ def test_held_out_pictures_are_the_validation_split_and_training_ones_where_ther
     assert set(evaluation.held_out(made)) <= set(made.train)
 
 
+def test_held_out_pictures_are_compared_with_as_many_that_were_trained_on(tmp_path: Path) -> None:
+    task = dalle_task()
+    context = EvaluationContext(Accelerator(cpu=True), tmp_path, step=1, dtype=None)
+    parts = (task.tokenizer, task.cache, context)
+    dalle = cast(DALLE, task.model).eval()
+    with torch.no_grad():
+        torch.nn.init.normal_(dalle.image_head.weight, std=0.5)
+        metrics = task.evaluate(dalle, context)
+        for indices, name in ((task.held_out, "image_nll"), (task.trained_on, "image_nll_trained_on")):
+            ids, captions = task.cache.ids(indices), [(*task.data.captions[i], None)[0] for i in indices]
+            by_hand = -dalle.token_log_likelihoods(task.tokenizer.batch(captions, dalle.stream.text_length)[0], ids)
+            assert metrics[name] == pytest.approx(by_hand.mean().item(), rel=1e-5)
+            assert evaluation.image_nll(dalle, task.data, indices, *parts) == pytest.approx(metrics[name])
+    assert len(task.trained_on) == len(task.held_out) and set(task.trained_on) <= set(task.data.train)
+    assert metrics["image_nll_trained_on"] != metrics["image_nll"]
+    task.data.validation = np.empty(0, dtype=np.int64)
+    assert len(evaluation.trained_on(task.data)) == 0
+
+
 def test_swapped_captions_read_differently() -> None:
     made = data()
     others = evaluation._other_captions(made, made.validation)

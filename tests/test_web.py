@@ -18,7 +18,7 @@ from dalle_mini_impl.web import Page, build_page
 from tests.tiny import tiny_checkpoint
 
 PROMPT = "a red circle"
-SAMPLER = (3.0, 1.0, 0.95)
+SAMPLER = (2.0, 1.0, 0.95)
 
 
 @pytest.fixture(scope="module")

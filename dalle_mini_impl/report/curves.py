@@ -138,12 +138,14 @@ def dalle_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> l
         figure(
             "Image tokens",
             "How surprised the transformer is by each token of a picture, in nats (0.69 nats are a bit). Below the "
-            "lower dashed line it has learnt more than how frequent codes are; validation that rises while training "
-            "falls means learning by heart.",
+            "lower dashed line it has learnt more than how frequent codes are. What pictures it was trained on cost "
+            "less than held-out ones, measured alike, is learned by heart: more pictures, or fewer passes over them, "
+            "help there. Training itself looks harder than it is, with changed inputs and dropped captions.",
             line_chart(
                 [
                     _line(stage, "training", "image_nll", part="training"),
                     _line(stage, "validation", "image_nll", 1),
+                    _line(stage, "pictures trained on", "image_nll_trained_on", 2),
                 ],
                 levels=[Level(name, value) for name, value in named if value is not None],
                 x_label=STEPS,

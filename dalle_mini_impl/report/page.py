@@ -155,7 +155,7 @@ def _facts(record: RunRecord, findings: Findings) -> Element:
         (
             "nats a token",
             _unit(dalle.last("image_nll"), ".2f", ""),
-            f"unigram {_unit(dalle.last('image_nll_unigram'), '.2f', '')}",
+            _beside(("trained on", dalle.last("image_nll_trained_on")), ("unigram", dalle.last("image_nll_unigram"))),
         ),
     ]
     if findings.audits:
@@ -177,6 +177,11 @@ def _facts(record: RunRecord, findings: Findings) -> Element:
 
 def _unit(value: float | None, form: str, unit: str) -> str | None:
     return None if value is None else f"{value:{form}} {unit}".strip()
+
+
+def _beside(*values: tuple[str, float | None]) -> str:
+    """What is there of some named numbers."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in values if value is not None)
 
 
 def _percent(value: float | None) -> str | None:

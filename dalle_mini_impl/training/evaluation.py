@@ -36,7 +36,15 @@ NUM_PROMPTS, NUM_CANDIDATES = 8, 3
 
 def held_out(data: PreparedData, at_most: int = MAX_HELD_OUT) -> Indices:
     """The pictures that evaluations use; training pictures where nothing is held out."""
-    indices: Indices = data.validation if len(data.validation) else data.train
+    return _evenly(data.validation if len(data.validation) else data.train, at_most)
+
+
+def trained_on(data: PreparedData, at_most: int = MAX_HELD_OUT) -> Indices:
+    """As many training pictures to compare those with; none where nothing is held out."""
+    return _evenly(data.train, min(at_most, len(data.validation)))
+
+
+def _evenly(indices: Indices, at_most: int) -> Indices:
     places = np.linspace(0, len(indices) - 1, min(at_most, len(indices))).round().astype(np.int64)
     return indices[places]
 
@@ -189,6 +197,29 @@ def likelihood(
     if num_without:
         metrics["embedding_gain"] = embedding_gain / num_without
     return metrics | ({"caption_gain": gain / num_swapped} if num_swapped else {})
+
+
+def image_nll(
+    dalle: DALLE,
+    data: PreparedData,
+    indices: Indices,
+    tokenizer: TextTokenizer,
+    cache: TokenCache,
+    context: EvaluationContext,
+    embeddings: EmbeddingCache | None = None,
+) -> float:
+    """Nats a token of plain pictures under their captions, as in `likelihood`."""
+    device = context.accelerator.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for chunk in chunks(share(indices, context)):
+        captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
+        text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
+        own_embeddings = None if embeddings is None else embeddings.vectors(chunk).to(device)
+        with context.autocast():
+            losses = dalle.loss(text, cache.ids(chunk).to(device), embedding=own_embeddings)
+        sums += torch.stack([losses.image_nll_sum, losses.num_image])
+    nll, num_tokens = context.accelerator.reduce(sums, "sum").tolist()
+    return float(nll / num_tokens)
 
 
 def draw_samples(

@@ -49,6 +49,7 @@ class DALLETask(BaseTask):
         self.num_items = len(data.train)
         self.units_per_item = self.stream.num_image_tokens
         self.held_out = evaluation.held_out(data)
+        self.trained_on = evaluation.trained_on(data)
         self._sorted: LengthBatches | None = None
         self.floor = unigram_nll(cache.counts(data.train), cache.counts(self.held_out))
 
@@ -142,11 +143,12 @@ class DALLETask(BaseTask):
         return loss, parts
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
-        """Image NLL beside ln V and the unigram floor, caption gain; draws a sheet of samples."""
+        """Image NLL beside that of training pictures, the unigram floor and ln V, caption gain; draws a sheet."""
         dalle = cast(DALLE, model)
-        metrics = evaluation.likelihood(
-            dalle, self.data, self.held_out, self.tokenizer, self.cache, context, self.embeddings
-        )
+        parts = (self.tokenizer, self.cache, context, self.embeddings)
+        metrics = evaluation.likelihood(dalle, self.data, self.held_out, *parts)
+        if len(self.trained_on):
+            metrics["image_nll_trained_on"] = evaluation.image_nll(dalle, self.data, self.trained_on, *parts)
         metrics |= {"image_nll_unigram": self.floor, "image_nll_uniform": math.log(self.stream.image_vocab)}
         evaluation.draw_samples(
             dalle, self.vae, self.data, self.held_out, self.tokenizer, self.recipe, context, self.embeddings, self.stage
