@@ -7,13 +7,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from accelerate import Accelerator
 
-from dalle_mini_impl.bench.ablate import Ablation, begin_from, read_plan, read_recipes, share_out, shared_stages, table
-from dalle_mini_impl.config import STAGES, Recipe
+from dalle_mini_impl.bench.ablate import (
+    JUDGED,
+    Ablation,
+    begin_from,
+    read_plan,
+    read_recipes,
+    share_out,
+    shared_stages,
+    table,
+)
+from dalle_mini_impl.config import STAGES, Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.run import train
 from tests.tiny import TINY_VALUES
@@ -77,6 +86,10 @@ def test_the_arms_of_the_plans_that_ship_are_recipes(plan: str, config: str) -> 
     parsed = [Recipe.from_toml(recipes.get(name, CONFIGS / f"{config}.toml"), arms[name]) for name in arms]
     unnamed = [recipe.model_dump_json(exclude={"name"}) for recipe in parsed]
     assert len(set(unnamed)) == len(arms), "two arms are the same recipe"
+
+
+def test_every_stage_that_an_arm_may_train_is_judged() -> None:
+    assert JUDGED.keys() == set(get_args(Stage))
 
 
 def test_a_table_leaves_out_what_nobody_measured() -> None:

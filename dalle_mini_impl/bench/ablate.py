@@ -44,8 +44,10 @@ JUDGED: dict[Stage, tuple[str, ...]] = {
     "vae": ("psnr", "perplexity"),
     "clip": ("text_to_image_recall_at_1",),
     "dalle": ("image_nll", "caption_gain", "text_nll", "read_nll"),
+    "prior": ("nll", "cosine_drawn"),
     "distill": ("guidance_kl", "guidance_kl_before"),
     "vqgan": ("psnr", "rfd", "rfd_before"),
+    "upscale": ("psnr", "psnr_resized"),
 }
 """What the last evaluation of each stage that an arm trained is kept of."""
 
