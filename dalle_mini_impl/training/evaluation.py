@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,25 @@ def _recall(scores: Tensor, k: int) -> float:
     return ((scores >= own).sum(dim=1) <= k).double().mean().item()
 
 
+def streams(
+    dalle: DALLE,
+    data: PreparedData,
+    indices: Indices,
+    tokenizer: TextTokenizer,
+    cache: TokenCache,
+    context: EvaluationContext,
+    embeddings: EmbeddingCache | None = None,
+) -> Iterator[tuple[Indices, Tensor, Tensor, Tensor | None]]:
+    """This process's part of some pictures in batches: indices, first captions (B, T), plain ids (B, N), embeddings
+    (B, E) where there are any."""
+    device = context.accelerator.device
+    for chunk in chunks(share(indices, context)):
+        captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
+        text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
+        own_embeddings = None if embeddings is None else embeddings.vectors(chunk).to(device)
+        yield chunk, text, cache.ids(chunk).to(device), own_embeddings
+
+
 def likelihood(
     dalle: DALLE,
     data: PreparedData,
@@ -162,11 +181,7 @@ def likelihood(
     device = context.accelerator.device
     others = _other_captions(data, indices)
     sums = torch.zeros(10, dtype=torch.float64, device=device)
-    for chunk in chunks(share(indices, context)):
-        captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
-        ids = cache.ids(chunk).to(device)
-        text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
-        own_embeddings = None if embeddings is None else embeddings.vectors(chunk).to(device)
+    for chunk, text, ids, own_embeddings in streams(dalle, data, indices, tokenizer, cache, context, embeddings):
         with context.autocast():
             true = dalle.loss(text, ids, embedding=own_embeddings)
             if own_embeddings is not None:
@@ -209,14 +224,10 @@ def image_nll(
     embeddings: EmbeddingCache | None = None,
 ) -> float:
     """Nats a token of plain pictures under their captions, as in `likelihood`."""
-    device = context.accelerator.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for chunk in chunks(share(indices, context)):
-        captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
-        text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
-        own_embeddings = None if embeddings is None else embeddings.vectors(chunk).to(device)
+    sums = torch.zeros(2, dtype=torch.float64, device=context.accelerator.device)
+    for _, text, ids, own_embeddings in streams(dalle, data, indices, tokenizer, cache, context, embeddings):
         with context.autocast():
-            losses = dalle.loss(text, cache.ids(chunk).to(device), embedding=own_embeddings)
+            losses = dalle.loss(text, ids, embedding=own_embeddings)
         sums += torch.stack([losses.image_nll_sum, losses.num_image])
     nll, num_tokens = context.accelerator.reduce(sums, "sum").tolist()
     return float(nll / num_tokens)

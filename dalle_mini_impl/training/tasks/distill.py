@@ -91,17 +91,12 @@ class DistillTask(DALLETask):
         """Nats a picture token over held-out pictures, the same on every process."""
         accelerator = context.accelerator
         sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        for chunk in evaluation.chunks(evaluation.share(self.held_out, context)):
-            captions = [self.data.captions[index][0] if self.data.captions[index] else None for index in chunk]
-            ids = self.cache.ids(chunk).to(accelerator.device)
-            batch = {
-                "text": self.tokenizer.batch(captions, self.stream.text_length)[0].to(ids.device),
-                "inputs": ids,
-                "ids": ids,
-                "view": torch.zeros(len(ids), dtype=torch.long, device=ids.device),
-            }
-            if self.embeddings is not None:
-                batch["embedding"] = self.embeddings.vectors(chunk).to(ids.device)
+        parts = (self.tokenizer, self.cache, context, self.embeddings)
+        for _, text, ids, embedding in evaluation.streams(dalle, self.data, self.held_out, *parts):
+            view = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+            batch = {"text": text, "inputs": ids, "ids": ids, "view": view}
+            if embedding is not None:
+                batch["embedding"] = embedding
             with context.autocast():
                 divergence = self._divergence(dalle, batch)[1]
             sums += torch.stack([divergence.double(), divergence.new_tensor(ids.numel(), dtype=torch.float64)])
