@@ -22,6 +22,7 @@ from dalle_mini_impl.decoding import FREE, Branches, FixedShapes, Noise, Partial
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.layers.bag_attention import CHUNK
 from dalle_mini_impl.native.trunk import can_run
+from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.stream import Stream
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -264,10 +265,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
     """What a device draws in: "auto" is bf16 where it computes in that type, else fp32."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device.type == "cpu" else None
-    return "bf16" if is_supported is not None and is_supported() else "fp32"
+    return "bf16" if computes_bf16(device) else "fp32"
 
 
 def resolve_kernel(settings: SamplingConfig, dalle: DALLE) -> Literal["compiled", "torch"]:

@@ -14,6 +14,7 @@ from dalle_mini_impl.bench.machine import Machine
 from dalle_mini_impl.bench.peers import Shape
 from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.training import task
 
 TINY = Shape(dim=16, layers=2, heads=2, text_length=4, grid_size=3, text_vocab=40, image_vocab=20)
 MACHINE = Machine("a slide rule", 1, {"bfloat16": 200.0, "float32": 100.0}, read_rate=50.0)
@@ -84,6 +85,18 @@ def test_training_steps_are_measured_beside_a_plain_transformer(
     best = max(result["tokens_per_sec"] for name, result in results.items() if name.startswith("ours"))
     assert facts["ratios"][plain["name"]] == pytest.approx(best / plain["tokens_per_sec"])
     assert "of the matmul rate" in capsys.readouterr().out
+
+
+def test_shares_of_the_matmul_rate_are_of_the_type_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_ROUND_SEC", 0.0)
+    monkeypatch.setattr(DALLE, "compile_blocks", lambda self: None)
+    device = torch.device("cpu")
+    for is_native, kind in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(task, "computes_bf16", lambda _, answer=is_native: answer)
+        assert train.compute_type(device) == kind
+        slow = Machine("", 1, {"float32": 1e30, "bfloat16": 1e30, kind: 1.0}, read_rate=1.0)
+        results = {result.name: result for result in train.run(TINY, slow, device, 2)}
+        assert results["ours, AdamW"].mfu is not None and results["ours, AdamW"].mfu > 1.0
 
 
 def test_the_plain_transformer_reads_every_token_but_the_last() -> None:

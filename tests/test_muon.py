@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.training.muon import Muon, orthogonalize
+from dalle_mini_impl.training import muon as muon_module
+from dalle_mini_impl.training.muon import NEWTON_SCHULZ, Muon, orthogonalize
 
 
 def _parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -19,8 +22,15 @@ def _gradients(parameters: list[nn.Parameter], step: int) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator) for p in parameters]
 
 
+@pytest.fixture(params=["bf16", "fp32"])
+def number_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of iterating, whatever the device would take."""
+    monkeypatch.setattr(muon_module, "computes_bf16", lambda device: request.param == "bf16")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5), (1, 6)])
-def test_singular_values_end_near_one_and_singular_vectors_stay(shape: tuple[int, int]) -> None:
+def test_singular_values_end_near_one_and_singular_vectors_stay(shape: tuple[int, int], number_type: str) -> None:
     matrix = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     out = orthogonalize(torch.stack([matrix, 1000 * matrix])).float()
@@ -29,12 +39,29 @@ def test_singular_values_end_near_one_and_singular_vectors_stay(shape: tuple[int
     assert aligned.min() > 0.3 and aligned.max() < 1.4
 
 
-def test_a_zero_gradient_moves_nothing() -> None:
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_iterating_on_the_gram_matrix_changes_nothing(
+    shape: tuple[int, int], smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon_module, "computes_bf16", lambda device: False)
+    u, s, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    matrices = u * torch.logspace(0, math.log10(smallest), s.shape[1]) @ v
+    a, b, c = NEWTON_SCHULZ
+    expected = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        gram = expected @ expected.mT
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    out = orthogonalize(matrices).double()
+    assert (out - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_a_zero_gradient_moves_nothing(number_type: str) -> None:
     assert not orthogonalize(torch.zeros(1, 4, 6)).any()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_matrices_move_as_with_pytorch_s_own(weight_decay: float) -> None:
+def test_matrices_move_as_with_pytorch_s_own(weight_decay: float, number_type: str) -> None:
     shapes = [(6, 18), (18, 6), (6, 18), (8, 8)]
     ours, theirs = _parameters(*shapes), _parameters(*shapes)
     muon = Muon(ours, lr=0.02, momentum=0.9, weight_decay=weight_decay)
@@ -49,7 +76,7 @@ def test_matrices_move_as_with_pytorch_s_own(weight_decay: float) -> None:
         muon.step()
         reference.step()
     for mine, other, before in zip(ours, theirs, start, strict=True):
-        assert (mine - other).norm() < 0.03 * (other - before).norm()  # both iterate in bf16
+        assert (mine - other).norm() < 0.03 * (other - before).norm()  # PyTorch's iterates in bf16
 
 
 def test_kernels_move_as_their_matrices() -> None:

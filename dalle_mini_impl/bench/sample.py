@@ -15,6 +15,7 @@ from dalle_mini_impl.config import DALLEConfig, SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.filters import choose, guidance_scales
+from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.sampling import stream_tokens
 from dalle_mini_impl.stream import Stream
 
@@ -93,7 +94,7 @@ def run(shape: Shape, machine: Machine, device: torch.device, batches: Sequence[
                 dtype,
                 True,
             )
-    theirs = peers(shape, device, torch.bfloat16)
+    theirs = peers(shape, device, torch.bfloat16 if computes_bf16(device) else torch.float32)
     for batch in batches:
         for name, (draw, dtype, guided) in ours.items():
             seconds = best_sec(partial(draw, batch), device, _BEST_OF_SEC)

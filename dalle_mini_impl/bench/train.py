@@ -22,7 +22,7 @@ from dalle_mini_impl.bench.sample import build
 from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.estimate import BACKWARD_FACTOR
 from dalle_mini_impl.training.optim import build_optimizers
-from dalle_mini_impl.training.task import autocast
+from dalle_mini_impl.training.task import autocast, autocast_dtype
 
 PHASES = ("data", "forward", "backward", "optimizer")
 _WARM_UP_STEPS = 3
@@ -32,7 +32,8 @@ _ROUND_SEC = 4.0
 
 @dataclass(frozen=True)
 class TrainResult:
-    """One contestant. seconds: of a step, the median. shares: of its time by phase. mfu: share of the matmul rate.
+    """One contestant. seconds: of a step, the median. shares: of its time by phase. mfu: share of the matmul rate in
+    the type that all compute in.
 
     peak_bytes: most memory that the device, or on a CPU the process, has held up to the contestant's end.
     """
@@ -79,8 +80,14 @@ def run(shape: Shape, machine: Machine, device: torch.device, batch: int) -> Ite
             began = time.perf_counter()
             while time.perf_counter() - began < _ROUND_SEC or not times[name]:
                 times[name].append(_step(contestant, shape, device, batch))
+    rate = machine.flops[compute_type(device)]
     for name, contestant in contestants.items():
-        yield _result(name, contestant, shape, machine, batch, times[name], peaks[name])
+        yield _result(name, contestant, shape, rate, batch, times[name], peaks[name])
+
+
+def compute_type(device: torch.device) -> str:
+    """What all contestants' products are computed in, and are compared with: the type that training takes there."""
+    return str(autocast_dtype("auto", device) or torch.float32).removeprefix("torch.")
 
 
 def _step(contestant: Contestant, shape: Shape, device: torch.device, batch: int) -> tuple[float, ...]:
@@ -94,7 +101,7 @@ def _step(contestant: Contestant, shape: Shape, device: torch.device, batch: int
     text = torch.randint(10, shape.text_vocab, (batch, shape.text_length)).to(device)
     image = torch.randint(shape.image_vocab, (batch, shape.num_image_tokens)).to(device)
     mark()
-    with autocast(device, torch.bfloat16):
+    with autocast(device, autocast_dtype("auto", device)):
         loss = contestant.loss(text, image)
     mark()
     loss.backward()  # type: ignore[no-untyped-call]
@@ -112,7 +119,7 @@ def _result(
     name: str,
     contestant: Contestant,
     shape: Shape,
-    machine: Machine,
+    matmul_rate: float,
     batch: int,
     times: Sequence[tuple[float, ...]],
     peak_bytes: int,
@@ -124,7 +131,7 @@ def _result(
     tokens = batch * (shape.text_length + shape.num_image_tokens)
     mfu = None
     if contestant.flops is not None:
-        mfu = (1 + BACKWARD_FACTOR) * contestant.flops * batch / seconds / machine.flops["bfloat16"]
+        mfu = (1 + BACKWARD_FACTOR) * contestant.flops * batch / seconds / matmul_rate
     return TrainResult(name, batch, seconds, tokens / seconds, shares, mfu, peak_bytes)
 
 
@@ -197,12 +204,13 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def as_json(shape: Shape, machine: Machine, results: Sequence[TrainResult]) -> dict[str, Any]:
+def as_json(shape: Shape, machine: Machine, compute_type: str, results: Sequence[TrainResult]) -> dict[str, Any]:
     """Everything in plain values, with how many times as many tokens a second our best takes as each peer."""
     best = max(result.tokens_per_sec for result in results if result.name.startswith("ours"))
     return {
         "shape": asdict(shape),
         "machine": asdict(machine),
+        "compute_type": compute_type,
         "torch": torch.__version__,
         "results": [asdict(result) for result in results],
         "ratios": {r.name: best / r.tokens_per_sec for r in results if not r.name.startswith("ours")},

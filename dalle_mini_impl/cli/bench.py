@@ -57,8 +57,10 @@ def bench(
 
 
 def _bench_train(shape: Shape, machine: Machine, device: torch.device, sizes: list[int], out: Path | None) -> None:
-    from dalle_mini_impl.bench.train import as_json, run
+    from dalle_mini_impl.bench.train import as_json, compute_type, run
 
+    kind = compute_type(device)
+    typer.echo(f"all compute in {kind}, as training does here")
     facts = []
     for batch in sizes:
         results = []
@@ -70,7 +72,7 @@ def _bench_train(shape: Shape, machine: Machine, device: torch.device, sizes: li
                 f"{result.name:<36} batch {batch:>3}: {result.tokens_per_sec:>8.0f} tokens/s{mfu}  "
                 f"({phases}; peak {result.peak_bytes / 1e9:.1f} GB)"
             )
-        facts.append(as_json(shape, machine, results))
+        facts.append(as_json(shape, machine, kind, results))
         for name, ratio in facts[-1]["ratios"].items():
             typer.echo(f"our best trains {ratio:.2f} times as fast as {name}")
     _hand_out({"runs": facts}, out, "train")

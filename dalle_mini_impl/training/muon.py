@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.training.dtensors import local, part_like, whole_stack
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -22,17 +23,48 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices to (n, R, C), roughly, by Newton-Schulz iterations in bf16."""
+    """The nearest semi-orthogonal matrices to (n, R, C), roughly, by Newton-Schulz iterations.
+
+    In bf16, or in fp32 where the device has no bf16 of its own.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if tall else matrices
+    run = _iterate_in_bf16 if computes_bf16(matrices.device) else _iterate_on_the_gram_matrix
+    result = run(wide, steps)
+    return result.mT if tall else result
+
+
+def _normalized(matrices: Tensor) -> Tensor:
+    return matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+
+
+def _iterate_in_bf16(wide: Tensor, steps: int) -> Tensor:
+    """X ← (a I + b X Xᵀ + c (X Xᵀ)²) X, of (n, R, C) with R ≤ C."""
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = _normalized(wide.bfloat16())
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _iterate_on_the_gram_matrix(wide: Tensor, steps: int) -> Tensor:
+    """The same in fp32: P = a I + b G + c G², G ← P G P, and the product of all P times X at the end.
+
+    G = X Xᵀ is (n, R, R), so this takes half of the operations where C is 3 R, and less where it is more. It needs
+    fp32: a singular value stands in G as its square, and the smallest squares are lost in bf16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = _normalized(wide.float())
+    gram = x @ x.mT
+    product: Tensor | None = None
+    for step in range(steps):
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step + 1 < steps:
+            gram = polynomial @ gram @ polynomial
+    return x if product is None else product @ x
 
 
 class Muon(Optimizer):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import Stage
+from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices
 
 
@@ -101,17 +102,9 @@ class Task(Protocol):
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """bf16 where asked for, or where "auto" and the device computes it natively; None for fp32."""
-    if precision == "fp32":
-        return None
-    if precision == "bf16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = False
-    return torch.bfloat16 if native else None
+    if precision == "auto":
+        return torch.bfloat16 if computes_bf16(device) else None
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

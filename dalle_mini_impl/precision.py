@@ -1,0 +1,23 @@
+"""Which devices compute in bf16: one answer for training, drawing and the optimiser."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 natively, so that it is the faster type there.
+
+    oneDNN takes bf16 on every CPU with AVX-512, if need be by converting to fp32 and back; that is slower than fp32 and
+    doesn't count.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return is_supported is not None and bool(is_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
