@@ -35,7 +35,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _normalized(matrices: Tensor) -> Tensor:
-    return matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    norms: Tensor = matrices.norm(dim=(1, 2), keepdim=True)
+    return matrices / (norms + 1e-7)
 
 
 def _iterate_in_bf16(wide: Tensor, steps: int) -> Tensor:
