@@ -19,26 +19,22 @@ logger = logging.getLogger("dalle_mini_impl")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 SWITCH = "DALLE_MINI_IMPL_NATIVE"
 """Environment variable; "0" does without compiled code, "avx2" without AVX-512 where the processor has that."""
-AVX2, AVX512_BF16 = frozenset({b"avx2", b"fma"}), frozenset({b"avx512_bf16"})
-_NAMES = {AVX2: "AVX2", AVX512_BF16: "AVX512-BF16"}
+_NEEDED = frozenset({b"avx2", b"fma"})
 _TIMEOUT_SEC = 120
 
 
 @cache
-def library(source: Path, needed: frozenset[bytes], purpose: str) -> ctypes.CDLL | None:
+def library(source: Path, purpose: str) -> ctypes.CDLL | None:
     """A compiled source, or None where it isn't wanted or can't be had, which the log says once.
 
-    needed: AVX2 or AVX512_BF16, what the processor must have. purpose: what runs in PyTorch's operations otherwise.
-    Compiling takes Linux, g++ and a few seconds, the first time on a machine; $XDG_CACHE_HOME keeps what comes out.
+    purpose: what runs in PyTorch's operations otherwise. The processor must have AVX2 and FMA. Compiling takes Linux,
+    g++ and a few seconds, the first time on a machine; $XDG_CACHE_HOME keeps what comes out.
     """
     wish = os.environ.get(SWITCH, "1")
     if wish == "0" or sys.platform != "linux":
         return None
-    without = needed == AVX512_BF16 and wish == "avx2"
-    if without or not set(_processor().split()) >= needed:
-        logger.info(
-            "%s runs in PyTorch's operations; its kernel is made for processors with %s", purpose, _NAMES[needed]
-        )
+    if not set(_processor().split()) >= _NEEDED:
+        logger.info("%s runs in PyTorch's operations; its kernel is made for processors with AVX2", purpose)
         return None
     try:
         flags = (*FLAGS, "-mno-avx512f") if wish == "avx2" else FLAGS

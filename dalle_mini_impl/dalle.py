@@ -18,7 +18,7 @@ from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.look_ahead import LookAhead
 from dalle_mini_impl.layers.masks import stream_mask
-from dalle_mini_impl.layers.native_attention import has_kernel
+from dalle_mini_impl.layers.native_attention import kernel_types
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.prefix import ImagePrefix
 from dalle_mini_impl.layers.recompute import recomputed
@@ -123,7 +123,7 @@ class DALLE(nn.Module):
         """
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 4 * self.num_lengths)  # beyond it blocks run as they are
-        has_kernel()
+        kernel_types()
         self._training_block = torch.compile(Block.__call__, dynamic=False)
 
     def checkpoint_blocks(self) -> None:

@@ -227,7 +227,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         dropout = self.dropout if self.training else 0.0
         is_whole = cache is None and mask is None and not dropout and (rope is None or rope[0].ndim == 2)
-        if is_whole and can_attend(qkv, self.heads):
+        # evaluation in fp32 is what all that is compiled is compared with, so it keeps to PyTorch's operations
+        is_wanted = self.training or qkv.dtype != torch.float32
+        if is_whole and is_wanted and can_attend(qkv, self.heads):
             weights = self.query_norm.weight, self.key_norm.weight
             out: Tensor = self.out(attend_natively(qkv, *weights, rope, self.heads, self.causal))
             return out

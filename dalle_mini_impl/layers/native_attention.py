@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.compiled import AVX512_BF16, library
+from dalle_mini_impl.compiled import library
 
 SOURCE = Path(__file__).with_name("attend.cpp")
 
@@ -40,31 +40,41 @@ class _Attention(ctypes.Structure):
                 "key_weight_gradient",
             )
         ),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "heads", "head_dim", "is_causal", "threads")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "length", "heads", "head_dim", "is_causal", "is_brief", "threads")
+        ),
     ]
 
 
 def can_attend(qkv: Tensor, heads: int) -> bool:
-    """Whether there is a kernel for the projection's output (B, L, 3 × heads × D)."""
+    """Whether there is a kernel for the projection's output (B, L, 3 × heads × D), of its type."""
     batch, length, width = qkv.shape
     is_fit = batch > 0 and 0 < length <= LONGEST and width // (3 * heads) in HEAD_DIMS
-    return is_fit and qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and has_kernel()
+    return is_fit and qkv.device.type == "cpu" and qkv.dtype in kernel_types()
 
 
 def kernel() -> ctypes.CDLL | None:
     """The compiled attention, or None where it isn't wanted or can't be had; see `compiled.library`."""
-    return library(SOURCE, AVX512_BF16, "attention in training")
+    return library(SOURCE, "attention in training")
 
 
-_has_kernel: bool | None = None
+_kernel_types: tuple[torch.dtype, ...] | None = None
 
 
-def has_kernel() -> bool:
-    """Whether there is a kernel; once asked, torch.compile sees a plain value here and doesn't ask the machine."""
-    global _has_kernel
-    if _has_kernel is None:
-        _has_kernel = kernel() is not None
-    return _has_kernel
+def kernel_types() -> tuple[torch.dtype, ...]:
+    """What there is a kernel for: fp32, and bf16 where the processor multiplies it (AVX512-BF16); or nothing.
+
+    Once asked, torch.compile sees a plain value here and doesn't ask the machine.
+    """
+    global _kernel_types
+    if _kernel_types is None:
+        attention = kernel()
+        if attention is None:
+            _kernel_types = ()
+        else:
+            _kernel_types = (torch.float32, torch.bfloat16) if attention.has_brief() else (torch.float32,)
+    return _kernel_types
 
 
 def attend(
@@ -75,7 +85,7 @@ def attend(
     heads: int,
     is_causal: bool,
 ) -> Tensor:
-    """Queries, keys and values (B, L, 3 × heads × D) bf16 to what attention mixes of them, (B, L, heads × D) bf16.
+    """Queries, keys and values (B, L, 3 × heads × D) to what attention mixes of them, (B, L, heads × D) in their type.
 
     query_weight, key_weight: (D,) of the norms. rope: cos and sin (L, D/2). Needs `can_attend`.
     """
@@ -94,12 +104,12 @@ def _forward(
     heads: int,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mixed (B, L, heads × D) bf16, and the logarithms of the softmax's sums, (B, heads, L) fp32."""
+    """Mixed (B, L, heads × D) in qkv's type, and the logarithms of the softmax's sums, (B, heads, L) fp32."""
     batch, length, width = qkv.shape
     mixed = qkv.new_empty((batch, length, width // 3))
     log_sums = torch.empty((batch, heads, length))
     tensors = [qkv, query_weight, key_weight, cos, sin, mixed, log_sums, None, None, None, None]
-    _run("attend_forward", tensors, qkv.shape, heads, is_causal)
+    _run("attend_forward", tensors, qkv, heads, is_causal)
     return mixed, log_sums
 
 
@@ -128,11 +138,11 @@ def _backward(
     log_sums: Tensor,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, bf16, and of both weights, from that of `mixed`."""
+    """Gradients of qkv, in its type, and of both weights, from that of `mixed`."""
     gradients = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (qkv, query_weight, key_weight)]
     own = [qkv, query_weight, key_weight, cos, sin]
-    tensors = [*own, None, log_sums, gradient.to(torch.bfloat16), *gradients]
-    _run("attend_backward", tensors, qkv.shape, log_sums.shape[1], is_causal)
+    tensors = [*own, None, log_sums, gradient.to(qkv.dtype), *gradients]
+    _run("attend_backward", tensors, qkv, log_sums.shape[1], is_causal)
     return gradients[0], gradients[1], gradients[2]
 
 
@@ -163,13 +173,14 @@ def _differentiate(ctx, gradient, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _run(name: str, tensors: list[Tensor | None], shape: torch.Size, heads: int, is_causal: bool) -> None:
+def _run(name: str, tensors: list[Tensor | None], qkv: Tensor, heads: int, is_causal: bool) -> None:
     """Calls the kernel with all tensors of `_Attention`, in its order; what it writes to is contiguous already."""
     attention = kernel()
     assert attention is not None
-    batch, length, width = shape
+    batch, length, width = qkv.shape
     whole = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in whole]
-    sizes = batch, length, heads, width // (3 * heads), is_causal, torch.get_num_threads()
+    head_dim, is_brief = width // (3 * heads), qkv.dtype == torch.bfloat16
+    sizes = batch, length, heads, head_dim, is_causal, is_brief, torch.get_num_threads()
     is_done = getattr(attention, name)(ctypes.byref(_Attention(*pointers, *sizes)))
-    assert is_done, f"there is no kernel for heads of {width // (3 * heads)}"
+    assert is_done, f"there is no kernel for heads of {head_dim} in {qkv.dtype}"
