@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from accelerate import Accelerator
 
 from dalle_mini_impl.bench.ablate import (
     JUDGED,
     Ablation,
+    arm_folder,
     begin_from,
     read_plan,
     read_recipes,
@@ -38,6 +40,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
         (["dalle.layers=1", "train.dalle.batch_size=8", "sampling.top_k=5"], ["vae", "clip"]),
         (["clip.width=16"], ["vae"]),
         (["dalle.layers=1", "vae.width=8"], []),
+        (['data.views=["plain","flip"]', "dalle.layers=1"], ["vae", "clip"]),
+        (["data.image_size=32"], []),
         (["seed=1"], []),
         (["text.slot_step=8"], []),
     ],
@@ -78,7 +82,9 @@ def test_an_arm_may_have_a_recipe_of_its_own(tmp_path: Path) -> None:
         read_recipes(path)
 
 
-@pytest.mark.parametrize(("plan", "config"), [("dalle", "shapes"), ("size", "shapes"), ("dalle1", "dalle1-shapes")])
+@pytest.mark.parametrize(
+    ("plan", "config"), [("codes", "shapes"), ("dalle", "shapes"), ("size", "shapes"), ("dalle1", "dalle1-shapes")]
+)
 def test_the_arms_of_the_plans_that_ship_are_recipes(plan: str, config: str) -> None:
     path = CONFIGS / "ablations" / f"{plan}.toml"
     recipes = read_recipes(path)
@@ -143,6 +149,16 @@ def test_arms_are_trained_judged_and_not_repeated(base: Path, tmp_path: Path) ->
     assert (tmp_path / "results.jsonl").read_text() == written
     with pytest.raises(RuntimeError, match="train failed with exit status 2"):
         ablation.run({"broken": ["dalle.dims=3"]})
+
+
+def test_an_arm_with_other_views_encodes_them_beside_the_base(base: Path, tmp_path: Path) -> None:
+    before = np.load(base / "run" / "cache" / "tokens.npy")
+    ablation = Ablation(base / "recipe.toml", DATA, tmp_path, base=base / "run", prompts=0)
+    (result,) = ablation.run({"mirrored": ['data.views=["plain","flip"]']})
+    assert "vae_steps" not in result and result["dalle_steps"] == 2
+    own = np.load(arm_folder(tmp_path, "mirrored") / "cache" / "tokens.npy")
+    assert own.shape[0] == 2 and np.array_equal(own[0], before[0])
+    assert np.array_equal(np.load(base / "run" / "cache" / "tokens.npy"), before)
 
 
 def test_an_arm_with_a_recipe_of_its_own_shares_nothing(base: Path, tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 
 from dalle_mini_impl.cli.app import run_verb
 from dalle_mini_impl.config import DataConfig, Recipe
 from dalle_mini_impl.data.survey import Survey, survey
 from dalle_mini_impl.pretrained import load_bundle
-from dalle_mini_impl.training.presets import Hardware, choose
+from dalle_mini_impl.training import presets
+from dalle_mini_impl.training.presets import FP32_SPEED, Hardware, choose, hardware_of
 
 TWO_CORES, ONE_GPU, EIGHT_GPUS = Hardware("cpu", 1, 2), Hardware("gpu", 1, 16), Hardware("gpu", 8, 96)
 ALL_HARDWARE = [TWO_CORES, Hardware("cpu", 2, 2), Hardware("cpu", 1, 16), ONE_GPU, EIGHT_GPUS]
@@ -46,6 +49,22 @@ def test_a_longer_budget_never_means_a_smaller_model(hardware: Hardware) -> None
     sizes = [recipe.dalle.dim**2 * recipe.dalle.layers for recipe in recipes]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
+
+
+def test_a_cpu_without_bf16_gets_the_size_that_less_time_would_get() -> None:
+    slower = replace(TWO_CORES, has_bf16=False)
+    for minutes in (5, 25, 120, 600):
+        own = choose(photos(60_000), slower, minutes * 60.0)
+        same = choose(photos(60_000), TWO_CORES, minutes * 60.0 * FP32_SPEED)
+        assert own.values["dalle"] == same.values["dalle"]
+        assert any("2 cores without bf16" in reason for reason in own.reasons)
+    assert not any("without" in reason for reason in choose(photos(60_000), TWO_CORES, 600.0).reasons)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_the_hardware_is_asked_whether_it_computes_bf16(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presets, "computes_bf16", lambda device: has_bf16)
+    assert hardware_of(Accelerator(cpu=True)).has_bf16 == has_bf16
 
 
 def test_what_was_measured_to_be_good_is_chosen() -> None:

@@ -78,9 +78,12 @@ def read_recipes(path: Path) -> dict[str, Path]:
 def shared_stages(settings: Sequence[str]) -> list[Stage]:
     """The stages that an arm takes over from the base run; none where it changes what all of them read.
 
-    VAE and CLIP change what comes after them, so an arm that touches one trains DALL·E as well.
+    VAE and CLIP change what comes after them, so an arm that touches one trains DALL·E as well. Views change what
+    DALL·E reads alone.
     """
-    sections = {setting.removeprefix("train.").split(".")[0] for setting in settings}
+    sections = {
+        "dalle" if _changes_views(setting) else setting.removeprefix("train.").split(".")[0] for setting in settings
+    }
     if sections <= {"dalle", "sampling"}:
         return ["vae", "clip"]
     if sections <= {"dalle", "sampling", "clip"}:
@@ -88,15 +91,19 @@ def shared_stages(settings: Sequence[str]) -> list[Stage]:
     return []
 
 
-def begin_from(base: Path, folder: Path, stages: Sequence[Stage]) -> None:
-    """Makes a run folder that has finished these stages of another run, and shares its pictures and ids."""
+def _changes_views(setting: str) -> bool:
+    return setting.partition("=")[0].strip() == "data.views"
+
+
+def begin_from(base: Path, folder: Path, stages: Sequence[Stage], *, shares_ids: bool = True) -> None:
+    """Makes a run folder that has finished these stages of another run, and shares its pictures and, if so, its ids."""
     if not stages:
         return
     missing = [stage for stage in stages if not StateFolder(base / "state" / stage).finished]
     if missing:
         raise ValueError(f"{base} has not finished {' and '.join(missing)}: an arm can't start from it")
     folder.mkdir(parents=True)
-    for name in ("data", "cache"):
+    for name in ("data", "cache") if shares_ids else ("data",):
         (folder / name).symlink_to((base / name).resolve(), target_is_directory=True)
     bundle = load_bundle(base / "checkpoint")
     kept: dict[str, Any] = {stage: None for stage in (*STAGES, *OPTIONAL_STAGES) if stage not in stages}
@@ -220,7 +227,8 @@ class Ablation:
         folder = arm_folder(self.out, name)
         shutil.rmtree(folder, ignore_errors=True)  # of an ablation that was stopped
         if self.base is not None and name not in self.recipes:
-            begin_from(self.base, folder, shared_stages(settings))
+            shares_ids = not any(_changes_views(setting) for setting in (*self.common, *settings))
+            begin_from(self.base, folder, shared_stages(settings), shares_ids=shares_ids)
         log = self.out / f"{folder.name}.log"
         config = str(self.recipes.get(name, self.config))
         command = ["train", "--config", config, "--data", self.data, "--out", str(folder)]

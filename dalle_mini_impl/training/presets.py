@@ -13,29 +13,39 @@ import torch
 from accelerate import Accelerator
 
 from dalle_mini_impl.data.survey import Survey
+from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.training.budget import format_duration
 
 SMALL, MEDIUM, LARGE = 500, 5_000, 50_000
 """Numbers of pictures that the presets are named after; a set belongs to the nearest, by ratio."""
 ASSUMED_SEC = 7200.0
 """The time that a model's size is chosen for where no budget is given."""
+FP32_SPEED = 0.45
+"""How fast a CPU without bf16 trains, as a share of what the same number of cores with it does."""
 
 
 @dataclass(frozen=True)
 class Hardware:
     """What a run computes on.
 
-    kind: "cpu" or "gpu". processes: over all machines. cores: of CPUs that compute, over all processes.
+    kind: "cpu" or "gpu". processes: over all machines. cores: of CPUs that compute, over all processes. has_bf16:
+    whether it computes in bf16.
     """
 
     kind: str
     processes: int = 1
     cores: int = 1
+    has_bf16: bool = True
 
     def __str__(self) -> str:
         """For people: 2 cores, 8 GPUs."""
         count, unit = (self.cores, "core") if self.kind == "cpu" else (self.processes, "GPU")
         return f"{count} {unit}{'s' * (count != 1)}"
+
+    @property
+    def core_speed(self) -> float:
+        """Of a core, where one that computes in bf16 has 1."""
+        return 1.0 if self.has_bf16 else FP32_SPEED
 
 
 @dataclass
@@ -59,10 +69,10 @@ class Choice:
 
 def hardware_of(accelerator: Accelerator) -> Hardware:
     """What the launcher has given this run."""
-    processes = accelerator.num_processes
+    processes, has_bf16 = accelerator.num_processes, computes_bf16(accelerator.device)
     if accelerator.device.type in ("cuda", "xpu"):
-        return Hardware("gpu", processes)
-    return Hardware("cpu", processes, torch.get_num_threads() * processes)
+        return Hardware("gpu", processes, has_bf16=has_bf16)
+    return Hardware("cpu", processes, torch.get_num_threads() * processes, has_bf16)
 
 
 def choose(data: Survey, hardware: Hardware, budget_sec: float | None = None) -> Choice:
@@ -135,10 +145,10 @@ def _cpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float
     """A transformer that the time suffices for.
 
     The law of `bench.law`, fitted to runs on `shapes`, has a best size of 0.56, 1.4, 3.0 and 6.8 M parameters after 5,
-    30, 120 and 480 minutes of one core that a transformer has for itself, which is 0.61 of the whole; these are the
-    sizes at hand, each as long as it is the nearest by ratio.
+    30, 120 and 480 minutes of one core (with bf16) that a transformer has for itself, which is 0.61 of the whole; these
+    are the sizes at hand, each as long as it is the nearest by ratio.
     """
-    core_sec = (budget_sec or ASSUMED_SEC) * hardware.cores
+    core_sec = (budget_sec or ASSUMED_SEC) * hardware.cores * hardware.core_speed
     ladder = [
         (800, 96, 4, 3),
         (6_000, 128, 8, 2),
@@ -205,6 +215,7 @@ def _batches(choice: Choice, data: Survey, size: int, hardware: Hardware) -> Non
 
 
 def _suits(hardware: Hardware, budget_sec: float | None) -> str:
+    where = f"{hardware}{'' if hardware.has_bf16 else ' without bf16'}"
     if budget_sec is None:
-        return f"suits {format_duration(ASSUMED_SEC)} on {hardware}, as no --budget is given"
-    return f"suits {format_duration(budget_sec)} on {hardware}"
+        return f"suits {format_duration(ASSUMED_SEC)} on {where}, as no --budget is given"
+    return f"suits {format_duration(budget_sec)} on {where}"
