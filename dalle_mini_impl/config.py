@@ -25,6 +25,7 @@ View = Literal["plain", "flip"]
 Augmentation = Literal["colour", "translation", "cutout"]
 AttentionPattern = Literal["full", "row", "column", "conv"]
 AheadCell = Literal["right", "below"]
+NeighbourCell = Literal["above", "above_left", "above_right", "two_left", "two_above"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -234,8 +235,8 @@ class DALLEConfig(Section):
     """Hidden width of the feed-forward layer as a multiple of dim (2.67 matches a swiglu to 4 of relu2)."""
     token_shift: bool = True
     """Each layer mixes every token with the one before it; words learn of their neighbours at once."""
-    above_embedding: bool = False
-    """Each token is also told the code above the cell that it predicts, as it is the one to its left."""
+    neighbours: tuple[NeighbourCell, ...] = ()
+    """Cells around the one that it predicts whose codes each token is told; the code to the left is its own."""
     look_ahead: tuple[AheadCell, ...] = ()
     """Cells besides the next one that each token also predicts in training: "right", the one after the next, "below",
     the one under the next. It has captions learned sooner; checkpoints and drawing stay as they are."""
@@ -259,10 +260,26 @@ class DALLEConfig(Section):
     text_loss_weight: Share = 0.125
     """Weight of the text loss; the image loss has the rest."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _above_had_a_key_of_its_own(cls, values: Any) -> Any:
+        """Recipes and checkpoints from before `neighbours` say above_embedding = true for neighbours = ["above"]."""
+        if not isinstance(values, dict) or "above_embedding" not in values:
+            return values
+        rest = {key: value for key, value in values.items() if key != "above_embedding"}
+        own = ["above"] if values["above_embedding"] else []
+        if list(rest.setdefault("neighbours", own)) != own:
+            raise ValueError(
+                f"dalle.above_embedding {values['above_embedding']} is the older name of dalle.neighbours {own}, but "
+                f"neighbours is {list(rest['neighbours'])}: leave above_embedding out"
+            )
+        return rest
+
     @model_validator(mode="after")
-    def _looks_once(self) -> Self:
-        if len(set(self.look_ahead)) < len(self.look_ahead):
-            raise ValueError(f"dalle.look_ahead is {list(self.look_ahead)}: name each cell once")
+    def _cells_once(self) -> Self:
+        for key, cells in (("look_ahead", self.look_ahead), ("neighbours", self.neighbours)):
+            if len(set(cells)) < len(cells):
+                raise ValueError(f"dalle.{key} is {list(cells)}: name each cell once")
         return self
 
     @model_validator(mode="after")

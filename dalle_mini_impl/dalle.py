@@ -19,6 +19,7 @@ from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.look_ahead import LookAhead
 from dalle_mini_impl.layers.masks import stream_mask
 from dalle_mini_impl.layers.native_attention import kernel_types
+from dalle_mini_impl.layers.neighbours import Neighbours
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.prefix import ImagePrefix
 from dalle_mini_impl.layers.recompute import recomputed
@@ -70,7 +71,9 @@ class DALLE(nn.Module):
         self.text_position = nn.Embedding(stream.text_length, dim)
         self.target_row = nn.Embedding(stream.grid_size, dim)  # see `place_embedding`
         self.target_column = nn.Embedding(stream.grid_size, dim)
-        self.above = nn.Embedding(stream.image_vocab + 1, dim) if config.above_embedding else None  # last: nothing
+        self.neighbours = (
+            Neighbours(config.neighbours, stream.grid_size, stream.image_vocab, dim) if config.neighbours else None
+        )
         self.view_embedding = nn.Embedding(num_views, dim) if num_views > 1 else None
         self.reading = nn.Embedding(1, dim) if config.reading_share > 0 else None  # marks a picture that is read
         self.prefix = ImagePrefix(embed_dim, stream.image_prefix, dim) if stream.image_prefix else None
@@ -356,29 +359,21 @@ class DALLE(nn.Module):
         """
         start, count = self.check_extension(image_ids, cache), image_ids.shape[1]
         x = self.image_embedding(image_ids) + self.place_embedding(start + 1, start + count + 1)  # (B, n, dim)
-        if self.above is not None:
-            x = x + self.above(self.read_above(image_ids, start, cache))
+        if self.neighbours is not None:
+            x = x + self.neighbours(self.read(image_ids, start, cache), start + 1, start + count + 1)
         hidden = self._trunk(self.with_view(x, view), self.stream.text_length + start, cache)
         logits: Tensor = self.image_head(hidden)
         return logits
 
-    def read_above(self, image_ids: Tensor, start: int, cache: KVCache) -> Tensor:
-        """What stands above the cells after those of image ids (B, n), the first of which is cell `start`; (B, n).
+    @staticmethod
+    def read(image_ids: Tensor, start: int, cache: KVCache) -> Tensor:
+        """All ids so far (B, start + n): what the cache remembers and image ids (B, n), which it does from now on.
 
-        Ids, image_vocab where there is nothing. The cache remembers the new ones.
+        start: the cell of the first new one.
         """
         end = start + image_ids.shape[1]
         cache.ids[:, start:end] = image_ids
-        return self.ids_above(cache.ids, start + 1, end + 1)
-
-    def ids_above(self, image_ids: Tensor, start: int, end: int) -> Tensor:
-        """What stands above the cells start … end - 1, (B, end - start): ids, image_vocab where there is nothing.
-
-        image_ids: (B, n) of the same pictures, which reach at least to the row above the last of those cells.
-        """
-        row = self.stream.grid_size
-        known = image_ids[:, max(0, start - row) : max(0, end - row)]
-        return F.pad(known, (end - start - known.shape[1], 0), value=self.stream.image_vocab)
+        return cache.ids[:, :end]
 
     def check_extension(self, image_ids: Tensor, cache: KVCache) -> int:
         """The cell of the first of image ids (B, n) that follow a cache; ValueError where they go beyond the grid."""
@@ -436,8 +431,8 @@ class DALLE(nn.Module):
         x = torch.cat([*prefix, self._words(text_ids), self.image_embedding(image_ids)], dim=1)
         num_outputs = image_ids.shape[1] + 1
         places = self.place_embedding(0, num_outputs)  # (n + 1, dim)
-        if self.above is not None:
-            places = places + self.above(self.ids_above(image_ids, 0, num_outputs))  # (B, n + 1, dim)
+        if self.neighbours is not None:
+            places = places + self.neighbours(image_ids, 0, num_outputs)  # (B, n + 1, dim)
         x = x + F.pad(places, (0, 0, x.shape[1] - num_outputs, 0))
         return self.with_view(x, view)
 

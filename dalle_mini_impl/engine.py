@@ -77,9 +77,9 @@ class Engine:
             self._image_embedding = self._cast(dalle.image_embedding.weight, self._input_dtype)
             places = dalle.place_embedding(0, self.stream.num_image_tokens)  # (N, dim)
             self._places = self._cast(places, self._input_dtype)
-            self._above = (
-                None if dalle.above is None else self._cast(dalle.above.weight, self._input_dtype)
-            )  # (V + 1, dim)
+            self._neighbours = dalle.neighbours
+            if dalle.neighbours is not None:
+                self._neighbour_table = self._cast(dalle.neighbours.table.weight, self._input_dtype)
 
     @property
     def is_native(self) -> bool:
@@ -157,8 +157,9 @@ class Engine:
         start = self.dalle.check_extension(image_ids, cache)
         with torch.autocast(self.device.type, enabled=False):
             x = self._image_embedding[image_ids] + self._places[start + 1 : start + 1 + image_ids.shape[1]]
-            if self._above is not None:
-                x = x + self._above[self.dalle.read_above(image_ids, start, cache)]
+            if self._neighbours is not None:
+                ids = self.dalle.read(image_ids, start, cache)
+                x = x + self._told(self._neighbours.rows(ids, start + 1, start + 1 + image_ids.shape[1]))
             x = self.dalle.with_view(x, None)
             slots = slice(self.stream.text_length + start, self.stream.text_length + start + x.shape[1])
             if self._native is not None:
@@ -176,11 +177,9 @@ class Engine:
         """
         with torch.autocast(self.device.type, enabled=False):
             x = self._image_embedding[ids] + self._places.index_select(0, cell + 1)  # (B, dim)
-            if self._above is not None:
+            if self._neighbours is not None:
                 cache.ids.index_copy_(1, cell, ids[:, None])
-                above = cell + 1 - self.stream.grid_size
-                known = cache.ids.index_select(1, above.clamp(min=0))[:, 0]
-                x = x + self._above[torch.where(above < 0, self.stream.image_vocab, known)]
+                x = x + self._told(self._neighbours.rows_at(cache.ids, cell + 1))
             x = self.dalle.with_view(x[:, None], None).to(self.dtype)
             slot, place = self.stream.text_length + cell, cache.prompt_length + cell
             is_later = torch.arange(cache.capacity, device=self.device) > place
@@ -209,6 +208,10 @@ class Engine:
             x = self._block(layer, index, x, (layer.cos[slots], layer.sin[slots]), cache, cache.mix, masks[index])
         cache.advance(x.shape[1])
         return self._norm(x)
+
+    def _told(self, rows: Tensor) -> Tensor:
+        """What is told of cells with neighbours in these rows (…, K) of the table, (…, dim)."""
+        return self._neighbour_table[rows].sum(dim=-2)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden.float())

@@ -41,6 +41,8 @@ BUILT_IN = Path(__file__).parent / "checkpoints"
 CONFIG, TOKENIZER, CARD = "config.json", "tokenizer.model", "README.md"
 M = TypeVar("M", bound=nn.Module)
 Storage = Literal["fp32", "fp16", "bf16"]
+_RENAMED = {"above.weight": "neighbours.table.weight"}
+"""Weights that earlier versions wrote under another name."""
 _STORAGE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -293,7 +295,7 @@ def _load_model(path: Path, build: Callable[[], M], device: torch.device | str |
     """Builds a model and fills it strictly from a safetensors file; None where there is no file."""
     if not path.is_file():
         return None
-    tensors = load_weights(path)
+    tensors = {_RENAMED.get(name, name): tensor for name, tensor in load_weights(path).items()}
     model = build()
     expected = model.state_dict()
     _check_tensors(path, tensors, expected)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.config import DALLEConfig
+from dalle_mini_impl.config import DALLEConfig, NeighbourCell
 from dalle_mini_impl.dalle import DALLE, DALLELosses
 from dalle_mini_impl.stream import BOS, EOS, NULL, PAD, Stream
 from tests.tiny import randomize
@@ -18,10 +19,10 @@ N = STREAM.num_image_tokens
 _values = {"dim": 16, "layers": 2, "heads": 2}
 
 
-@pytest.fixture(params=[False, True], ids=["", "above"], autouse=True)
-def above_embedding(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds of models that are told what stands above, too."""
-    monkeypatch.setitem(_values, "above_embedding", request.param)
+@pytest.fixture(params=[[], ["above"], get_args(NeighbourCell)], ids=["", "above", "five"], autouse=True)
+def neighbours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds of models that are told what stands around a cell, too."""
+    monkeypatch.setitem(_values, "neighbours", list(request.param))
 
 
 def _dalle(num_views: int = 1, ffn: str = "relu2") -> DALLE:
@@ -131,18 +132,6 @@ def test_no_logit_sees_the_token_it_predicts_or_a_later_one() -> None:
         after_text, after_image = dalle(changed, images)
         assert torch.equal(after_text[:, :slot], text_logits[:, :slot])
         assert not torch.allclose(after_image, image_logits)
-
-
-def test_what_stands_above_is_a_row_before() -> None:
-    dalle, text, images = _dalle(), _captions(), _images()
-    above = dalle.ids_above(images[:, :7], 0, 8)
-    assert above.shape == (5, 8)
-    assert (above[:, :3] == STREAM.image_vocab).all(), "nothing is above the first row"
-    assert torch.equal(above[:, 3:], images[:, :5])
-    _, cache = dalle.prefill(text)
-    assert (dalle.read_above(images[:, :1], 0, cache) == STREAM.image_vocab).all()
-    dalle.read_above(images[:, :4], 0, cache)
-    assert torch.equal(dalle.read_above(images[:, 4:6], 4, cache), images[:, 2:4])
 
 
 @torch.no_grad()

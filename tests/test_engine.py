@@ -25,7 +25,15 @@ def _dalle(num_views: int = 1, **values: object) -> DALLE:
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[1] * (N - 1), [N - 1], [2, 1, 4, 1]], ids=str)
 @pytest.mark.parametrize(
-    "values", [{}, {"ffn": "swiglu"}, {"token_shift": False}, {"heads": 4}, {"above_embedding": True}], ids=str
+    "values",
+    [
+        {},
+        {"ffn": "swiglu"},
+        {"token_shift": False},
+        {"heads": 4},
+        {"neighbours": ["above", "two_above"]},
+    ],
+    ids=str,
 )
 def test_packed_logits_equal_those_of_the_whole_stream(values: dict[str, object], chunks: list[int]) -> None:
     for num_views in (1, 2):

@@ -46,7 +46,9 @@ UNGUIDED = SamplingConfig(guidance=1.0, top_p=1.0, precision="fp32")
 GUIDED_BF16, UNGUIDED_BF16 = (each.model_copy(update={"precision": "bf16"}) for each in (GUIDED, UNGUIDED))
 
 
-@pytest.fixture(scope="module", params=[(), ("dalle.above_embedding=true",)], ids=["", "above"])
+@pytest.fixture(
+    scope="module", params=[(), ('dalle.neighbours=["above","two_left","above_right"]',)], ids=["", "neighbours"]
+)
 def bundle(request: pytest.FixtureRequest) -> Bundle:
     return tiny_bundle(*request.param)
 

@@ -74,7 +74,7 @@ def changed(value: Any, key: str) -> Any:
         "image_column": "picture", "caption_column": "words", "validation_fraction": 0.3, "slot_step": 8,
         "num_dims": 3, "factor": 2,
         "attention": "dalle1", "attention_kernel": 5, "positions": "learned", "reading_share": 0.0,
-        "look_ahead": ["below"],
+        "look_ahead": ["below"], "neighbours": ["above"],
     }  # fmt: skip
     if key in special:
         return special[key]

@@ -56,7 +56,7 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
             "ffn",
             "ffn_multiple",
             "token_shift",
-            "above_embedding",
+            "neighbours",
             "reading_share",
             "image_prefix",
         }
