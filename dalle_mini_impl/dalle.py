@@ -33,7 +33,8 @@ class DALLELosses:
 
     Sums, not means, so that the loss of a global batch doesn't depend on how it was cut up. text and image are of
     pictures that are drawn, read of captions that are read from theirs. ahead is that of the cells further on that a
-    model in training predicts (see `LookAhead`), for the image tokens' number; 0 where it predicts none.
+    model in training predicts (see `LookAhead`), for the image tokens' number; 0 where it predicts none. soft is that
+    of the image tokens with targets spread over codes like them; 0 where nothing says which codes are alike.
     """
 
     text_nll_sum: Tensor
@@ -43,6 +44,7 @@ class DALLELosses:
     read_nll_sum: Tensor
     num_read: Tensor
     ahead_nll_sum: Tensor
+    soft_nll_sum: Tensor
 
     def total(self, text_weight: float, num_text: Tensor | float, num_image: Tensor | float) -> Tensor:
         """text_weight × text mean + (1 - text_weight) × image mean, the means over the given global counts."""
@@ -178,12 +180,14 @@ class DALLE(nn.Module):
         inputs: Tensor | None = None,
         reads: Tensor | None = None,
         embedding: Tensor | None = None,
+        likeness: Tensor | None = None,
     ) -> DALLELosses:
         """Negative log-likelihood sums of captions (B, T) and whole pictures (B, N).
 
         inputs: the image ids that are read, where they differ from those predicted (token corruption). reads: (B,)
         bool, rows whose caption is read from the picture instead; both directions share one pass of the trunk.
-        embedding: (B, E), see `forward`; what is read is never shown its own.
+        embedding: (B, E), see `forward`; what is read is never shown its own. likeness: (V, V), rows that add up to 1,
+        how soft_nll_sum spreads each code's target.
         Padding is no target, and a null caption none either: its text is not a caption.
         """
         expected = (text_ids.shape[0], self.stream.num_image_tokens)
@@ -194,7 +198,9 @@ class DALLE(nn.Module):
         groups = self.stream.groups(text_ids)
         for rows, text in groups:
             own = (None if values is None else values[rows] for values in (view, reads, embedding))
-            parts.append(self._group_loss(len(groups) == 1, text, image_ids[rows], inputs[rows], *own))
+            parts.append(
+                self._group_loss(len(groups) == 1, text, image_ids[rows], inputs[rows], *own, likeness=likeness)
+            )
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
 
     def _group_loss(
@@ -206,6 +212,8 @@ class DALLE(nn.Module):
         view: Tensor | None,
         reads: Tensor | None,
         embedding: Tensor | None,
+        *,
+        likeness: Tensor | None,
     ) -> list[Tensor]:
         """The fields of DALLELosses for captions (B, t) that all take t slots: a whole batch, or a part of one."""
         start = self.stream.image_prefix
@@ -239,7 +247,7 @@ class DALLE(nn.Module):
         drawing = hidden[:num_drawn, first : first + ids.shape[1]]
         image_logits = self.image_head(drawing)
         look_ahead = self.look_ahead if self.training else None
-        none_ahead = torch.zeros((), device=ids.device)
+        nothing = torch.zeros((), device=ids.device)
         read_logits = self.text_head(hidden[num_drawn:, start + self.stream.num_image_tokens :])
         return [
             nll_sum(text_logits, targets[:num_drawn], ignore=PAD),
@@ -248,7 +256,8 @@ class DALLE(nn.Module):
             torch.tensor(num_drawn * ids.shape[1], device=ids.device),
             nll_sum(read_logits, targets[num_drawn:], ignore=PAD),
             (targets[num_drawn:] != PAD).sum(),
-            none_ahead if look_ahead is None else look_ahead(drawing, self.image_head, ids[:num_drawn]),
+            nothing if look_ahead is None else look_ahead(drawing, self.image_head, ids[:num_drawn]),
+            nothing if likeness is None else soft_nll_sum(image_logits, likeness[ids[:num_drawn]]),
         ]
 
     def token_log_likelihoods(self, text_ids: Tensor, image_ids: Tensor, embedding: Tensor | None = None) -> Tensor:
@@ -536,3 +545,8 @@ class DALLE(nn.Module):
 def nll_sum(logits: Tensor, targets: Tensor, ignore: int = -100) -> Tensor:
     """Summed negative log-likelihood, 0-d, of targets (B, L) other than `ignore` under logits (B, L, V)."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=ignore, reduction="sum")
+
+
+def soft_nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy, 0-d, of targets (B, L, V) that are distributions under logits (B, L, V)."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(0, 1), reduction="sum")

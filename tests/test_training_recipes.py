@@ -44,6 +44,7 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
             "text_loss_weight",
             "look_ahead",
             "look_ahead_weight",
+            "soft_targets",
         }
     ),
     "prior": frozenset({"dropout", "caption_dropout"}),

@@ -74,14 +74,16 @@ def batch_of(task: Task, size: int = 12, step: int = 0) -> Batch:
     return task.batch(order.items(positions), positions)
 
 
-def gradients(task: Task, batch: Batch, micro_batch_size: int | None) -> tuple[dict[str, float], dict[str, Tensor]]:
+def gradients(
+    task: Task, batch: Batch, micro_batch_size: int | None, progress: float = 0.5
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Metrics and gradients of a batch cut into micro-batches, as the loop computes them."""
     model: nn.Module = task.model.train()
     model.zero_grad()
     counts = task.counts(batch)
     metrics: dict[str, float] = {}
     for part in task.before_step(model, list(split_batch(batch, micro_batch_size)), counts):
-        loss, values = task.loss(model, part, StepContext(counts, 0.5, torch.Generator().manual_seed(0)))
+        loss, values = task.loss(model, part, StepContext(counts, progress, torch.Generator().manual_seed(0)))
         loss.backward()
         for name, value in {"loss": loss, **values}.items():
             metrics[name] = metrics.get(name, 0.0) + value.item()

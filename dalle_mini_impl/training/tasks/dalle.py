@@ -18,6 +18,7 @@ from dalle_mini_impl.stream import NULL, PAD, Stream
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices, LengthBatches, sample_rng
+from dalle_mini_impl.training.soft_targets import code_likeness, soft_share
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks.base import BaseTask, encode, pick_caption
 from dalle_mini_impl.vae.model import DiscreteVAE
@@ -51,6 +52,7 @@ class DALLETask(BaseTask):
         self.held_out = evaluation.held_out(data)
         self.trained_on = evaluation.trained_on(data)
         self._sorted: LengthBatches | None = None
+        self.likeness = code_likeness(vae) if recipe.dalle.soft_targets else None
         self.floor = unigram_nll(cache.counts(data.train), cache.counts(self.held_out))
 
     def positions(self, order: BatchOrder, step: int, rank: int, world_size: int) -> Indices:
@@ -121,7 +123,8 @@ class DALLETask(BaseTask):
 
         With a reading_share, once reading_after of the run is over, that share of the loss is the mean over tokens of
         captions read from their pictures; until then those pictures are drawn as the others are. With look_ahead, the
-        mean over image tokens has look_ahead_weight times that of each cell further on beside it.
+        mean over image tokens has look_ahead_weight times that of each cell further on beside it. With soft_targets a
+        share of the image tokens' mean is that of spread targets, as long as `soft_share` says so.
         """
         dalle, config = cast(DALLE, model), self.recipe.dalle
         is_reading = config.reading_share > 0 and context.progress >= config.reading_after
@@ -131,16 +134,26 @@ class DALLETask(BaseTask):
         drawn, read = context.counts.float()  # (2,) each: text and image tokens
         num_text, num_image = (drawn if is_reading else drawn + read).clamp(min=1)
         num_read = read[0].clamp(min=1)
-        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], reads, batch.get("embedding"))
+        soft = soft_share(config.soft_targets, context.progress)
+        likeness = self._likeness_on(batch["ids"].device) if soft else None
+        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], reads, batch.get("embedding"), likeness)
         loss = (1 - share) * losses.total(weight, num_text, num_image)
         parts = {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
         if dalle.look_ahead is not None:
             parts["ahead_nll"] = losses.ahead_nll_sum / num_image
             loss = loss + (1 - share) * (1 - weight) * config.look_ahead_weight * parts["ahead_nll"]
+        if soft:
+            parts["soft_nll"] = losses.soft_nll_sum / num_image
+            loss = loss + (1 - share) * (1 - weight) * soft * (parts["soft_nll"] - parts["image_nll"])
         if is_reading:
             parts["read_nll"] = losses.read_nll_sum / num_read
             loss = loss + share * parts["read_nll"]
         return loss, parts
+
+    def _likeness_on(self, device: torch.device) -> Tensor | None:
+        if self.likeness is not None:
+            self.likeness = self.likeness.to(device)
+        return self.likeness
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """Image NLL beside that of training pictures, the unigram floor and ln V, caption gain; draws a sheet."""
