@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def estimate(
     config: Annotated[Path, typer.Option(help="Recipe, configs/NAME.toml.")],
-    hardware: Annotated[str, typer.Option(help="cpu2, t4, rtx4090, a100, h100 or h200.")] = "cpu2",
+    hardware: Annotated[str, typer.Option(help="cpu2, cpu2-fp32, t4, rtx4090, a100, h100 or h200.")] = "cpu2",
     devices: Annotated[int, typer.Option(min=1, help="How many of them; weights are shared out among them.")] = 1,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the recipe.")
