@@ -32,8 +32,10 @@ ACHIEVED = {
     "h100": 390e12,
     "h200": 390e12,
 }
-"""Operations a second that a training reaches, about 40 % of what the hardware could do in bf16 (T4: fp16; cpu2-fp32: two cores without
-bf16)."""
+"""Operations a second that a training reaches, about 40 % of what the hardware could do in bf16 (T4: fp16).
+
+cpu2 stands for two cores that compute in bf16, cpu2-fp32 for two that don't.
+"""
 
 
 @dataclass(frozen=True)
