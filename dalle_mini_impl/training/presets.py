@@ -20,8 +20,8 @@ SMALL, MEDIUM, LARGE = 500, 5_000, 50_000
 """Numbers of pictures that the presets are named after; a set belongs to the nearest, by ratio."""
 ASSUMED_SEC = 7200.0
 """The time that a model's size is chosen for where no budget is given."""
-FP32_SPEED = 0.45
-"""How fast a CPU without bf16 trains, as a share of what the same number of cores with it does."""
+FP32_SPEED = 0.4
+"""How fast a CPU without bf16 trains, as a share of what the same number of cores with it does (docs/log.md: 0.37)."""
 
 
 @dataclass(frozen=True)
