@@ -21,7 +21,7 @@ SMALL, MEDIUM, LARGE = 500, 5_000, 50_000
 ASSUMED_SEC = 7200.0
 """The time that a model's size is chosen for where no budget is given."""
 FP32_SPEED = 0.4
-"""How fast a CPU without bf16 trains, as a share of what the same number of cores with it does (docs/log.md: 0.37)."""
+"""How fast a CPU without bf16 trains, as a share of what the same number of cores with it does (docs/log.md: 0.38)."""
 
 
 @dataclass(frozen=True)
