@@ -271,10 +271,11 @@ class DALLEConfig(Section):
             return values
         rest = {key: value for key, value in values.items() if key != "above_embedding"}
         own = ["above"] if values["above_embedding"] else []
-        if list(rest.setdefault("neighbours", own)) != own:
+        given = rest.setdefault("neighbours", own)
+        if given not in (own, tuple(own)):
             raise ValueError(
                 f"dalle.above_embedding {values['above_embedding']} is the older name of dalle.neighbours {own}, but "
-                f"neighbours is {list(rest['neighbours'])}: leave above_embedding out"
+                f"neighbours is {given!r}: leave above_embedding out"
             )
         return rest
 

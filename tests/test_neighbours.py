@@ -80,5 +80,7 @@ def test_the_older_key_is_refused_where_it_says_something_else() -> None:
     assert recipe.dalle.neighbours == ("above",)
     with pytest.raises(ValueError, match=r"older name of dalle\.neighbours .*leave above_embedding out"):
         Recipe.parse({"dalle": {"neighbours": ["above", "two_left"]}}, ["dalle.above_embedding=false"])
+    with pytest.raises(ValueError, match=r"neighbours is 3: leave above_embedding out"):
+        Recipe.parse({}, ["dalle.above_embedding=true", "dalle.neighbours=3"])
     with pytest.raises(ValueError, match=r"dalle\.neighbours is .*: name each cell once"):
         Recipe.parse({"dalle": {"neighbours": ["above", "above"]}})
