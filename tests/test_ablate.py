@@ -42,7 +42,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
         (["dalle.layers=1", "vae.width=8"], []),
         (['data.views=["plain","flip"]', "dalle.layers=1"], ["vae", "clip"]),
         (["data.image_size=32"], []),
-        (["seed=1"], []),
+        (["seed=1", "dalle.layers=1"], ["vae", "clip"]),
         (["text.slot_step=8"], []),
     ],
 )

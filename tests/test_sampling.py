@@ -47,7 +47,9 @@ GUIDED_BF16, UNGUIDED_BF16 = (each.model_copy(update={"precision": "bf16"}) for 
 
 
 @pytest.fixture(
-    scope="module", params=[(), ('dalle.neighbours=["above","two_left","above_right"]',)], ids=["", "neighbours"]
+    scope="module",
+    params=[(), ('dalle.neighbours=["above","two_left","above_right"]', "dalle.row_shift=true")],
+    ids=["", "looks back"],
 )
 def bundle(request: pytest.FixtureRequest) -> Bundle:
     return tiny_bundle(*request.param)

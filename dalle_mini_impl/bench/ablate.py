@@ -79,20 +79,25 @@ def shared_stages(settings: Sequence[str]) -> list[Stage]:
     """The stages that an arm takes over from the base run; none where it changes what all of them read.
 
     VAE and CLIP change what comes after them, so an arm that touches one trains DALL·E as well. Views change what
-    DALL·E reads alone.
+    DALL·E reads alone, and a seed counts for what the arm trains.
     """
     sections = {
-        "dalle" if _changes_views(setting) else setting.removeprefix("train.").split(".")[0] for setting in settings
+        "dalle" if _changes_views(setting) else _key(setting).removeprefix("train.").split(".")[0]
+        for setting in settings
     }
-    if sections <= {"dalle", "sampling"}:
+    if sections <= {"dalle", "sampling", "seed"}:
         return ["vae", "clip"]
-    if sections <= {"dalle", "sampling", "clip"}:
+    if sections <= {"dalle", "sampling", "seed", "clip"}:
         return ["vae"]
     return []
 
 
+def _key(setting: str) -> str:
+    return setting.partition("=")[0].strip()
+
+
 def _changes_views(setting: str) -> bool:
-    return setting.partition("=")[0].strip() == "data.views"
+    return _key(setting) == "data.views"
 
 
 def begin_from(base: Path, folder: Path, stages: Sequence[Stage], *, shares_ids: bool = True) -> None:

@@ -56,6 +56,7 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
             "ffn",
             "ffn_multiple",
             "token_shift",
+            "row_shift",
             "neighbours",
             "reading_share",
             "image_prefix",
