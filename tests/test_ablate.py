@@ -18,16 +18,20 @@ from dalle_mini_impl.bench.ablate import (
     Ablation,
     arm_folder,
     begin_from,
+    judged,
+    judging,
     read_plan,
     read_recipes,
     share_out,
     shared_stages,
     table,
 )
+from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.config import STAGES, Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.run import train
-from tests.tiny import TINY_VALUES
+from tests.test_emoji import needs_font
+from tests.tiny import TINY_VALUES, tiny_checkpoint
 
 DATA = "shapes:count=40"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -149,6 +153,20 @@ def test_arms_are_trained_judged_and_not_repeated(base: Path, tmp_path: Path) ->
     assert (tmp_path / "results.jsonl").read_text() == written
     with pytest.raises(RuntimeError, match="train failed with exit status 2"):
         ablation.run({"broken": ["dalle.dims=3"]})
+
+
+@needs_font
+def test_emoji_are_judged_by_their_glyphs(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "arm", "data.image_size=32", "vae.downsample=8")
+    values: dict[str, float] = {}
+    for report, command in judging("emoji:scenes=5", checkpoint, 3).items():
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert not ended.value.code
+        values |= judged(report)
+    assert values == {"single_emoji": 0.0, "single_emoji-scenes": 0.0}
+    assert "| right, names | right, scenes |" in table([{"arm": "a", "settings": [], **values}])
+    assert judging("folder-of-pictures", checkpoint, 3) == {}
 
 
 def test_an_arm_with_other_views_encodes_them_beside_the_base(base: Path, tmp_path: Path) -> None:

@@ -150,10 +150,29 @@ def measured(folder: Path) -> dict[str, float]:
     return values
 
 
+def judging(data: str, folder: Path, prompts: int) -> dict[Path, list[str]]:
+    """The commands that judge single samples of a run on such data, by the file that each writes beside the run.
+
+    Empty for data that nobody has a judge for.
+    """
+    source, checkpoint = data.split(":")[0], ["--checkpoint", str(folder)]
+    if source == "shapes":
+        report = folder.with_name(f"{folder.name}.json")
+        return {report: ["evaluate", *checkpoint, "--prompts", str(prompts), "--out", str(report)]}
+    if source != "emoji":
+        return {}
+    drawn = ["rerank", "--curve", *checkpoint, "--num-prompts", str(prompts), "--candidates", "1"]
+    outs = {kind: folder.with_name(f"{folder.name}-{kind}") for kind in ("emoji", "emoji-scenes")}
+    return {out / "curve.json": [*drawn, "--prompts-from", kind, "--out", str(out)] for kind, out in outs.items()}
+
+
 def judged(report: Path) -> dict[str, float]:
-    """Shares of single samples that the checker calls right, and the VAE's ceilings, of what `evaluate --out` wrote."""
+    """Shares of single samples that are right, and of `shapes` the VAE's ceilings, in a file of `judging`."""
+    facts = json.loads(report.read_text(encoding="utf-8"))
+    if "curves" in facts:
+        return {f"single_{facts['prompts_from']}": facts["curves"]["oracle"][0]["mean"]}
     values: dict[str, float] = {}
-    for pairs, shares in json.loads(report.read_text(encoding="utf-8"))["pairs"].items():
+    for pairs, shares in facts["pairs"].items():
         values |= {f"{name}_{pairs}": shares[name]["share"] for name in ("single", "ceiling")}
     return values
 
@@ -170,6 +189,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         "dalle_read_nll": ("read nats", "{:.3f}"),
         "single_seen": ("right, seen", "{:.1%}"),
         "single_unseen": ("right, unseen", "{:.1%}"),
+        "single_emoji": ("right, names", "{:.1%}"),
+        "single_emoji-scenes": ("right, scenes", "{:.1%}"),
     }
     shown = {key: column for key, column in columns.items() if any(key in result for result in results)}
     lines = [
@@ -188,7 +209,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 class Ablation:
     """What all arms share.
 
-    common: settings of all of them, those of the base run among them. prompts: of each kind that the checker judges.
+    common: settings of all of them, those of the base run among them. prompts: of each kind that is judged.
     recipes: of the arms that don't change `config`, but have their own.
     """
 
@@ -249,9 +270,7 @@ class Ablation:
             "cores": len(cores),
             **measured(folder),
         }
-        if self.prompts and self.data.split(":")[0] == "shapes":
-            report = self.out / f"{folder.name}.json"
-            judge = ["evaluate", "--checkpoint", str(folder), "--prompts", str(self.prompts), "--out", str(report)]
+        for report, judge in judging(self.data, folder, self.prompts).items() if self.prompts else ():
             run_on(cores, judge, log)
             result |= judged(report)
         return result
@@ -275,7 +294,9 @@ def main(
         str | None, typer.Option(help="Wall-clock time of each arm's training, as 8m; default: the recipe's steps.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Arms at once; they share the cores out.")] = 1,
-    prompts: Annotated[int, typer.Option(min=0, help="Of each kind that the checker judges; 0 skips it.")] = 200,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Of each kind that is judged, on shapes and emoji; 0 skips it.")
+    ] = 200,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Settings of all arms.")] = None,
 ) -> None:
     """Train arms of a recipe for the same time each, and compare them."""
