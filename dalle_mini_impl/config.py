@@ -21,7 +21,7 @@ STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
 OPTIONAL_STAGES: tuple[Stage, ...] = ("prior", "upscale")
 """Those with a model of their own that not every recipe has; `vqgan` and `distill` train those of `vae` and `dalle`
 further."""
-View = Literal["plain", "flip"]
+View = Literal["plain", "flip", "up_left", "up_right", "down_left", "down_right"]
 Augmentation = Literal["colour", "translation", "cutout"]
 AttentionPattern = Literal["full", "row", "column", "conv"]
 AheadCell = Literal["right", "below"]
@@ -47,7 +47,8 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of pictures held out by content hash where the source states no validation split."""
     views: tuple[View, ...] = ("plain",)
-    """Augmented views in the id cache; each has a learned id, and sampling always asks for "plain"."""
+    """Augmented views in the id cache; each has a learned id, and sampling always asks for "plain". flip: mirrored left
+    to right. The others are moved by 3/64 of the side, so that other pixels share a token."""
     image_column: str | None = None
     """Column that holds the picture, where it can't be told from its name or type."""
     caption_column: str | None = None

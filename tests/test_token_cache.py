@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
+from dalle_mini_impl.config import View
 from dalle_mini_impl.data.array_cache import Workers
-from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint, images_from_pixels, unigram_nll
+from dalle_mini_impl.data.token_cache import (
+    TokenCache,
+    apply_view,
+    cache_fingerprint,
+    images_from_pixels,
+    unigram_nll,
+)
 from dalle_mini_impl.vae.model import DiscreteVAE
 from tests.tiny import tiny_bundle
 
@@ -35,6 +43,33 @@ def test_ids_are_the_vaes_own_in_each_view(vae: DiscreteVAE, pictures: np.ndarra
     mixed = cache.ids(np.array([3, 3]), np.array([0, 1]))
     assert torch.equal(mixed, torch.cat([vae.encode(images[3:4]), vae.encode(images[3:4].flip(-1))]))
     assert cache.counts(np.arange(10)).sum() == 10 * 16
+
+
+MOVES: dict[View, tuple[int, int]] = {
+    "up_left": (-1, -1), "up_right": (-1, 1), "down_left": (1, -1), "down_right": (1, 1)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(16, 1), (64, 3), (80, 4), (256, 12)])
+@pytest.mark.parametrize("view", MOVES)
+def test_a_moved_view_repeats_its_borders(view: View, side: int, pixels: int) -> None:
+    images = torch.rand(2, 3, side, side)
+    down, right = MOVES[view]
+    moved = apply_view(images, view)
+    assert moved.shape == images.shape
+    for row, column in ((0, 0), (side // 2, 1), (side - 1, side // 3), (side - 1, side - 1)):
+        source = [min(max(place - pixels * way, 0), side - 1) for place, way in ((row, down), (column, right))]
+        assert torch.equal(moved[:, :, row, column], images[:, :, source[0], source[1]])
+
+
+def test_views_of_larger_pictures_show_what_those_of_small_ones_do() -> None:
+    def enlarged(images: torch.Tensor) -> torch.Tensor:
+        return images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+
+    for side in (16, 80, 96):
+        images = torch.rand(1, 3, side, side)
+        for view in get_args(View):
+            assert torch.equal(apply_view(enlarged(images), view, 2), enlarged(apply_view(images, view))), (side, view)
 
 
 def test_processes_fill_in_one_file(vae: DiscreteVAE, pictures: np.ndarray, tmp_path: Path) -> None:

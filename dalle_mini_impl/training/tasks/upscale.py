@@ -69,7 +69,7 @@ class UpscaleTask(BaseTask):
         images = images_from_pixels(batch["pixels"])
         for number, view in enumerate(self.recipe.data.views):
             chosen = batch["view"] == number
-            images[chosen] = apply_view(images[chosen], view)
+            images[chosen] = apply_view(images[chosen], view, self.recipe.upscale.factor)
         vae = self.vae.to(images.device).eval()
         loss, terms = cast(Upscaler, model).loss(images, *inputs_of(batch["ids"], vae))
         share = (len(images) / context.counts[0]).float()
