@@ -236,8 +236,6 @@ class DALLEConfig(Section):
     """Hidden width of the feed-forward layer as a multiple of dim (2.67 matches a swiglu to 4 of relu2)."""
     token_shift: bool = True
     """Each layer mixes every token with the one before it; words learn of their neighbours at once."""
-    row_shift: bool = False
-    """The same with the token a row of the grid before, which predicted the cell above: cells learn of theirs."""
     neighbours: tuple[NeighbourCell, ...] = ()
     """Cells around the one that it predicts whose codes each token is told; the code to the left is its own."""
     look_ahead: tuple[AheadCell, ...] = ()
@@ -293,17 +291,6 @@ class DALLEConfig(Section):
     def _heads_divide(self) -> Self:
         if self.dim % self.heads or (self.dim // self.heads) % 4:
             raise ValueError(f"dalle.dim {self.dim} must be heads {self.heads} times a multiple of 4")
-        return self
-
-    @model_validator(mode="after")
-    def _row_shift_fits(self) -> Self:
-        if self.row_shift and not self.token_shift:
-            raise ValueError("dalle.row_shift is a part of the token shift: set dalle.token_shift=true, too")
-        if self.row_shift and self.reading_share:
-            raise ValueError(
-                f"dalle.reading_share {self.reading_share} puts captions behind their picture, where dalle.row_shift "
-                "knows of no rows: set one of them to 0 or false"
-            )
         return self
 
     @model_validator(mode="after")

@@ -88,7 +88,6 @@ class DALLE(nn.Module):
                 ffn_multiple=config.ffn_multiple,
                 dropout=config.dropout,
                 token_shift=config.token_shift,
-                row_shift=config.row_shift,
             )
             for _ in range(config.layers)
         )
@@ -115,11 +114,6 @@ class DALLE(nn.Module):
     def num_lengths(self) -> int:
         """Numbers of slots that captions may take: 1 where all take as many."""
         return len(range(0, self.stream.text_length, self.stream.slot_step or self.stream.text_length))
-
-    @property
-    def row(self) -> int:
-        """Tokens that a cache has to reach back by row shifts: cells in a row, or 0 where there are none."""
-        return self.stream.grid_size if self.config.row_shift else 0
 
     def learn_to_look_ahead(self) -> None:
         """Has `loss` ask in training for the cells of config.look_ahead, too; those weights are no checkpoint's."""
@@ -174,9 +168,8 @@ class DALLE(nn.Module):
         num_slots, start = text_ids.shape[1], self.stream.image_prefix
         x = self.embed(text_ids, image_ids[:, : self.stream.num_image_tokens - 1], view, embedding)
         rope = self._rope(self._drawing_slots(num_slots)[: x.shape[1]])
+        hidden = self._run(x, rope, masks=self.drawing_masks(num_slots, x.shape[1] - start - num_slots))
         first = start + num_slots - 1  # the output of the last text slot
-        masks = self.drawing_masks(num_slots, x.shape[1] - start - num_slots)
-        hidden = self._run(x, rope, masks=masks, first=first)
         return self.text_head(hidden[:, start:first]), self.image_head(hidden[:, first:])
 
     def loss(
@@ -228,8 +221,7 @@ class DALLE(nn.Module):
         rope = self._rope(self._drawing_slots(text.shape[1]))
         if reads is None:
             masks = self.drawing_masks(text.shape[1], self.stream.num_image_tokens - 1)
-            x = self.embed(text, inputs[:, :-1], view, embedding)
-            hidden = self._run(x, rope, masks=masks, is_batch=is_batch, first=first)
+            hidden = self._run(self.embed(text, inputs[:, :-1], view, embedding), rope, masks=masks, is_batch=is_batch)
             num_drawn = len(text)
         else:
             order = torch.argsort(reads.int(), stable=True)  # what is drawn comes first
@@ -237,7 +229,7 @@ class DALLE(nn.Module):
             text, ids, inputs = text[order], ids[order], inputs[order]
             drawn, read = slice(num_drawn), slice(num_drawn, None)
             own = (None if values is None else values[order[drawn]] for values in (view, embedding))
-            both = [
+            x = [
                 self.embed(text[drawn], inputs[drawn, :-1], *own),
                 self._embed_for_reading(text[read], ids[read]),
             ]
@@ -249,7 +241,7 @@ class DALLE(nn.Module):
                     for pair in zip(*ropes, strict=True)
                 )
                 rope = cos, sin
-            hidden = self._run(torch.cat(both), rope, is_batch=is_batch)
+            hidden = self._run(torch.cat(x), rope, is_batch=is_batch)
         targets = self.text_targets(text)
         text_logits = self.text_head(hidden[:num_drawn, start:first])
         drawing = hidden[:num_drawn, first : first + ids.shape[1]]
@@ -359,7 +351,6 @@ class DALLE(nn.Module):
             self.config.heads,
             self.stream.image_prefix + num_slots + self.stream.num_image_tokens - 1,
             self.config.dim // self.config.heads,
-            row=self.row,
             device=device,
             dtype=dtype or self.image_head.weight.dtype,
         )
@@ -533,21 +524,18 @@ class DALLE(nn.Module):
         cache: KVCache | None = None,
         masks: Sequence[Tensor | None] | None = None,
         is_batch: bool | None = None,
-        first: int | None = None,
     ) -> Tensor:
         """Runs the blocks over (B, L, dim), whose tokens stand where rope, cos and sin (L, D/2), says; see `masks`.
 
         is_batch: whether the rows are a whole batch, not the part of one whose captions take t slots; None: not known.
-        first: the token that predicts the first cell, where no cache knows.
         """
         has_few_shapes = self.num_lengths == 1 if is_batch is None else is_batch
         is_step = self.training and torch.is_grad_enabled() and cache is None and has_few_shapes
         run = self._training_block if self._training_block is not None and is_step else Block.__call__
         run = recomputed(run, self._recomputes and cache is None)
         turned = rope if self.config.positions == "rope" else None
-        grid = (first, self.row) if first is not None and self.row else None
         for layer, block in enumerate(self.blocks):
-            x = run(block, x, turned, None if masks is None else masks[layer], cache, layer, grid)
+            x = run(block, x, turned, None if masks is None else masks[layer], cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
         hidden: Tensor = self.final_norm(x)

@@ -101,7 +101,7 @@ class Branches:
     @property
     def state(self) -> tuple[Tensor, ...]:
         """Everything that reading writes to."""
-        return self._cache.keys, self._cache.values, self._cache.last, self._cache.ids, self._cache.cells
+        return self._cache.keys, self._cache.values, self._cache.last, self._cache.ids
 
     @property
     def guided(self) -> bool:

@@ -26,7 +26,7 @@ from dalle_mini_impl.native.trunk import LayerWeights, NativeCache, NativeTrunk,
 
 @dataclass(frozen=True)
 class _Layer:
-    """One block's weights. cos, sin: (L, 2, 1, D), the tables of queries and keys; others as in `LayerWeights`."""
+    """One block's weights. cos, sin: (L, 2, 1, D), the tables of queries and keys."""
 
     qkv: PackedLinear
     out: PackedLinear
@@ -35,7 +35,6 @@ class _Layer:
     cos: Tensor
     sin: Tensor
     mixes: tuple[Tensor, Tensor] | None
-    row_mixes: tuple[Tensor, Tensor] | None
 
 
 class Engine:
@@ -101,8 +100,7 @@ class Engine:
         for norm, scale in ((attention.query_norm, self._head_dim**-0.5), (attention.key_norm, 1.0)):
             first, second = (norm.weight * scale).chunk(2)
             tables.append((torch.cat([first * cos, second * cos], 1), torch.cat([-second * sin, first * sin], 1)))
-        shifts = [shift for shift in (block.attention_shift, block.ffn_shift) if shift is not None]
-        row_mixes = [shift.row_mix for shift in shifts if shift.row_mix is not None]
+        attention_shift, ffn_shift = block.attention_shift, block.ffn_shift
         return LayerWeights(
             qkv=attention.qkv.weight * block.attention_norm.weight,
             out=attention.out.weight,
@@ -110,12 +108,10 @@ class Engine:
             down=ffn.down.weight,
             cosines=torch.stack([table[0] for table in tables], dim=1),
             sines=torch.stack([table[1] for table in tables], dim=1),
-            mixes=(shifts[0].mix, shifts[1].mix) if shifts else None,
-            row_mixes=(row_mixes[0], row_mixes[1]) if row_mixes else None,
+            mixes=None if attention_shift is None or ffn_shift is None else (attention_shift.mix, ffn_shift.mix),
         )
 
     def _pack(self, layer: LayerWeights) -> _Layer:
-        rows = layer.row_mixes
         return _Layer(
             qkv=self._linear(layer.qkv),
             out=self._linear(layer.out),
@@ -124,7 +120,6 @@ class Engine:
             cos=self._cast(layer.cosines[:, :, None]),
             sin=self._cast(layer.sines[:, :, None]),
             mixes=None if layer.mixes is None else (self._cast(layer.mixes[0]), self._cast(layer.mixes[1])),
-            row_mixes=None if rows is None else (self._cast(rows[0]), self._cast(rows[1])),
         )
 
     @torch.no_grad()
@@ -141,7 +136,6 @@ class Engine:
             self.config.heads,
             self.stream.image_prefix + num_slots + self.stream.num_image_tokens - 1,
             self._head_dim,
-            row=self.dalle.row,
             device=self.device,
             dtype=self.dtype,
         )
@@ -205,7 +199,7 @@ class Engine:
 
             for index, layer in enumerate(self._layers):
                 tables = layer.cos.index_select(0, slot), layer.sin.index_select(0, slot)
-                x = self._block(layer, index, x, tables, cache, mix, masks[index], cell + 1)
+                x = self._block(layer, index, x, tables, cache, mix, masks[index])
             return self._logits(self._norm(x)[:, 0])
 
     def _trunk(self, x: Tensor, slots: Tensor | slice, cache: KVCache, masks: Sequence[Tensor | None]) -> Tensor:
@@ -235,19 +229,15 @@ class Engine:
         cache: KVCache,
         mix: Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor],
         mask: Tensor | None,
-        cell: Tensor | None = None,
     ) -> Tensor:
-        """One block over x (B, n, dim). mix: attention over the cache, as `KVCache.mix`; mask: its last argument.
-
-        cell: (1,) int64, what one token predicts, where only the device knows.
-        """
+        """One block over x (B, n, dim). mix: attention over the cache, as `KVCache.mix`; mask: its last argument."""
         batch, count, _ = x.shape
         heads, head_dim = self.config.heads, self._head_dim
-        qkv = layer.qkv(self._norm_and_shift(layer, index, 0, x, cache, cell)).view(batch, count, 3, heads, head_dim)
+        qkv = layer.qkv(self._norm_and_shift(layer, index, 0, x, cache)).view(batch, count, 3, heads, head_dim)
         qk = torch.layer_norm(qkv, (head_dim,), eps=1e-6)[:, :, :2]  # with the values: whole, it needs no copy
         qk = torch.addcmul(qk * tables[0], qk.roll(head_dim // 2, dims=-1), tables[1])
         x = layer.out.plus(mix(index, qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2], mask), x)
-        h = self._norm_and_shift(layer, index, 1, x, cache, cell)
+        h = self._norm_and_shift(layer, index, 1, x, cache)
         if self.config.ffn == "swiglu":
             gate, value = layer.up(h).chunk(2, dim=-1)
             hidden = F.silu(gate) * value
@@ -257,19 +247,12 @@ class Engine:
             hidden = layer.up.relu(h).square_()
         return layer.down.plus(hidden, x)
 
-    def _norm_and_shift(
-        self, layer: _Layer, index: int, which: int, x: Tensor, cache: KVCache, cell: Tensor | None
-    ) -> Tensor:
+    def _norm_and_shift(self, layer: _Layer, index: int, which: int, x: Tensor, cache: KVCache) -> Tensor:
         h = self._norm(x)
         if layer.mixes is None:
             return h
         mix = layer.mixes[which]
         if h.shape[1] == 1:
-            mixed = cache.shift_one(index, which, h, mix)
-        else:
-            previous = torch.cat([cache.shift(index, which, h)[:, None], h[:, :-1]], dim=1)
-            mixed = torch.lerp(h, previous, mix)
-        if layer.row_mixes is None:
-            return mixed
-        above = cache.row_before(index, which, h) if cell is None else cache.row_before_at(index, which, h, cell)
-        return torch.addcmul(mixed, above - h, layer.row_mixes[which])
+            return cache.shift_one(index, which, h, mix)
+        previous = torch.cat([cache.shift(index, which, h)[:, None], h[:, :-1]], dim=1)
+        return torch.lerp(h, previous, mix)

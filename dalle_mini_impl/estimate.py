@@ -120,10 +120,7 @@ def estimate(recipe: Recipe, devices: int = 1) -> Estimate:
         passes["upscale"] = upscaler, lambda: upscaler(latents, images)
     trained = [stage for stage in (*STAGES, *OPTIONAL_STAGES) if stage in passes]
     stages = {stage: _stage(recipe, stage, *passes[stage], devices) for stage in trained}
-    config, guidance = recipe.dalle, recipe.sampling.guidance
-    tokens = stream.num_inputs
-    if config.row_shift:
-        tokens += stream.num_image_tokens  # it keeps as much of them as keys and values are
+    config, tokens, guidance = recipe.dalle, stream.num_inputs, recipe.sampling.guidance
     branches = 1 if guidance == 1 else 2
     return Estimate(
         stages=stages,

@@ -15,7 +15,7 @@ PROMPT = "a red circle"
 
 
 def _draw(device: str, settings: SamplingConfig, fixed: FixedShapes) -> Samples:
-    bundle = tiny_bundle('dalle.neighbours=["above","above_right"]', "dalle.row_shift=true")
+    bundle = tiny_bundle('dalle.neighbours=["above","above_right"]')
     assert bundle.dalle is not None
     text = bundle.tokenizer.batch([PROMPT], bundle.stream.text_length)[0]
     rows = every_row(1, range(5))

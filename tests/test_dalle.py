@@ -19,16 +19,10 @@ N = STREAM.num_image_tokens
 _values = {"dim": 16, "layers": 2, "heads": 2}
 
 
-@pytest.fixture(
-    params=[([], False), (["above"], True), (get_args(NeighbourCell), False)],
-    ids=["", "above, row shift", "five"],
-    autouse=True,
-)
-def looks_back(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds of models that are told what stands around a cell, or whose shifts reach back a row, too."""
-    neighbours, row_shift = request.param
-    monkeypatch.setitem(_values, "neighbours", list(neighbours))
-    monkeypatch.setitem(_values, "row_shift", row_shift)
+@pytest.fixture(params=[[], ["above"], get_args(NeighbourCell)], ids=["", "above", "five"], autouse=True)
+def neighbours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds of models that are told what stands around a cell, too."""
+    monkeypatch.setitem(_values, "neighbours", list(request.param))
 
 
 def _dalle(num_views: int = 1, ffn: str = "relu2") -> DALLE:

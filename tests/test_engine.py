@@ -30,7 +30,6 @@ def _dalle(num_views: int = 1, **values: object) -> DALLE:
         {},
         {"ffn": "swiglu"},
         {"token_shift": False},
-        {"row_shift": True},
         {"heads": 4},
         {"neighbours": ["above", "two_above"]},
     ],

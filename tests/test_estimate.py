@@ -45,13 +45,6 @@ def test_the_cache_is_as_large_as_the_one_that_is_allocated() -> None:
     assert estimate(recipe).cache_bytes == 2 * cache.keys.numel() * cache.keys.element_size()
 
 
-def test_a_row_shift_is_counted_with_the_cache() -> None:
-    recipe = tiny_recipe("dalle.row_shift=true")
-    plain = recipe.model_copy(update={"dalle": recipe.dalle.model_copy(update={"row_shift": False})})
-    cells = KVCache.allocate(recipe.dalle.layers, 2, 1, 1, recipe.dalle.dim, row=recipe.grid_size).cells
-    assert estimate(recipe).cache_bytes - estimate(plain).cache_bytes == 2 * cells.numel()  # two bytes a number
-
-
 def test_without_guidance_one_branch_is_drawn() -> None:
     with_guidance, without = (estimate(tiny_recipe(f"sampling.guidance={scale}")) for scale in (3, 1))
     assert (with_guidance.guidance, without.guidance) == (3, 1)

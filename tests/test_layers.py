@@ -10,7 +10,7 @@ from torch import Tensor
 from dalle_mini_impl.layers.attention import Attention, KVCache, attend
 from dalle_mini_impl.layers.blocks import Block, FeedForward, squared_relu
 from dalle_mini_impl.layers.rope import rotate, stream_angles
-from dalle_mini_impl.layers.shift import TokenShift, row_before
+from dalle_mini_impl.layers.shift import TokenShift
 from dalle_mini_impl.stream import Stream
 from tests.tiny import randomize
 
@@ -103,27 +103,6 @@ def test_token_shift_mixes_neighbours_and_nothing_else() -> None:
         before = x[:, i - 1] if i else torch.zeros(2, DIM)
         assert torch.allclose(mixed[:, i], (1 - shift.mix) * x[:, i] + shift.mix * before, atol=1e-6)
     assert torch.allclose(shift(x[:, 3:], before=x[:, 2]), mixed[:, 3:], atol=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("first", "row"), [(2, 3), (0, 1), (1, 4), (3, LENGTH), (LENGTH - 1, 2)])
-def test_a_row_shift_mixes_in_the_token_that_predicted_the_cell_above(first: int, row: int) -> None:
-    shift, x = TokenShift(DIM, by_row=True), torch.randn(2, LENGTH, DIM)
-    assert shift.row_mix is not None and 0 < (shift.row_mix > 0).sum() < DIM
-    randomize(shift)
-    mixed = shift(x, above=row_before(x, first, row))
-    for i in range(LENGTH):
-        before = x[:, i - 1] if i else torch.zeros(2, DIM)
-        expected = (1 - shift.mix) * x[:, i] + shift.mix * before
-        if i - first >= row:
-            expected = expected + shift.row_mix * (x[:, i - row] - x[:, i])
-        assert torch.allclose(mixed[:, i], expected, atol=1e-5), i
-    assert torch.equal(shift(x), shift(x, above=x)), "nothing has one"
-
-
-def test_a_row_shift_begins_with_the_same_share_of_the_token_itself() -> None:
-    plain, by_row = TokenShift(DIM), TokenShift(DIM, by_row=True)
-    assert by_row.row_mix is not None and torch.allclose(by_row.mix + by_row.row_mix, plain.mix)
 
 
 @torch.no_grad()

@@ -61,7 +61,6 @@ ONE_BY_ONE = [1] * (N - 1)
 MODELS = [
     {},
     {"token_shift": False},
-    {"row_shift": True},
     {"neighbours": ["above", "two_left"]},
     {"dim": 96, "heads": 1},
     {"dim": 80, "heads": 1, "ffn_multiple": 1.3},
@@ -97,7 +96,7 @@ def test_bf16_is_as_near_as_pytorch_s_operations_in_bf16(values: dict[str, objec
 @needs_kernel
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_bits_depend_on_no_other_row_nor_on_tokens_at_once_nor_on_threads(dtype: torch.dtype) -> None:
-    engine = Engine(_dalle(neighbours=["above", "above_left"], row_shift=True), dtype)
+    engine = Engine(_dalle(neighbours=["above", "above_left"]), dtype)
     text, images = some_captions(STREAM).repeat(6, 1), _images(24)
     whole = _logits(engine, text, images, ONE_BY_ONE)
     for rows in ([0], [3, 5], [1, 2, 3, 4, 5, 6, 7]):
@@ -138,8 +137,7 @@ def test_rows_share_what_was_prefilled(values: dict[str, object], counts: list[i
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_rows_that_share_are_chosen_and_joined(dtype: torch.dtype) -> None:
-    dalle, text, images = _dalle(neighbours=["above", "above_left"], row_shift=True), some_captions(STREAM), _images()
-    engine = Engine(dalle, dtype)
+    engine, text, images = Engine(_dalle(neighbours=["above", "above_left"]), dtype), some_captions(STREAM), _images()
     one, two = (engine.prefill(text[rows])[1].select(torch.tensor([0, 1, 1, 0])) for rows in ([0, 1], [1, 2]))
     first, second = (engine.extend(images[:, : N - 2], cache)[:, -1] for cache in (one, two))
     last = images[:, N - 2 : N - 1]
@@ -157,7 +155,7 @@ def test_rows_that_share_are_chosen_and_joined(dtype: torch.dtype) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
-    engine, text, images = Engine(_dalle(row_shift=True), dtype), some_captions(STREAM), _images()
+    engine, text, images = Engine(_dalle(), dtype), some_captions(STREAM), _images()
     expected = _logits(engine, text, images, ONE_BY_ONE)
     _, cache = engine.prefill(text)
     wrong = (images + 1) % STREAM.image_vocab
@@ -174,7 +172,7 @@ def test_tokens_taken_back_leave_no_trace(dtype: torch.dtype) -> None:
 @needs_kernel
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_pictures_are_the_same_alone_together_and_by_guessing_ahead(dtype: torch.dtype) -> None:
-    engine, text = Engine(_dalle(neighbours=["above", "above_left"], row_shift=True), dtype), some_captions(STREAM)[:1]
+    engine, text = Engine(_dalle(neighbours=["above", "above_left"]), dtype), some_captions(STREAM)[:1]
     settings = SamplingConfig(guidance=3.0, guidance_schedule="linear", top_p=0.9)
 
     def draw(candidates: list[int], window: int) -> Tensor:

@@ -47,9 +47,7 @@ GUIDED_BF16, UNGUIDED_BF16 = (each.model_copy(update={"precision": "bf16"}) for 
 
 
 @pytest.fixture(
-    scope="module",
-    params=[(), ('dalle.neighbours=["above","two_left","above_right"]', "dalle.row_shift=true")],
-    ids=["", "looks back"],
+    scope="module", params=[(), ('dalle.neighbours=["above","two_left","above_right"]',)], ids=["", "neighbours"]
 )
 def bundle(request: pytest.FixtureRequest) -> Bundle:
     return tiny_bundle(*request.param)

@@ -86,12 +86,12 @@ def changed(value: Any, key: str) -> Any:
 
 @pytest.mark.parametrize("section", ARCHITECTURE_KEYS)
 def test_each_key_comes_from_the_side_it_belongs_to(section: str) -> None:
-    values = {"prior": ["dalle.image_prefix=2"], "dalle": ["dalle.row_shift=true"]}
-    bundle = tiny_bundle(*values.get(section, []))
+    bundle = tiny_bundle(*(["dalle.image_prefix=2"] if section == "prior" else []))
     assert bundle.vae is not None
     bundle = replace(bundle, upscale=build_upscaler(bundle.recipe, bundle.vae))
-    theirs = bundle.recipe.model_dump(mode="json")
-    recipe = Recipe.parse({**theirs, section: {key: changed(value, key) for key, value in theirs[section].items()}})
+    values = bundle.recipe.model_dump(mode="json")
+    values[section] = {key: changed(value, key) for key, value in values[section].items()}
+    recipe = Recipe.parse(values)
     adopted = getattr(adopt_architecture(recipe, bundle), section)
     for key in fields(section):
         side = bundle.recipe if key in ARCHITECTURE_KEYS[section] else recipe

@@ -23,17 +23,14 @@ class KVCache:
 
     last: (layers, 2, B, dim), the last token as each layer's two token shifts read it. ids: (B, capacity) int64, the
     image ids that were read, for embeddings that look back at them. length: tokens that are filled. prompt_length: how
-    many of them were there before the first decoded one. row: cells in a row of the grid, for shifts that reach back so
-    far, else 0. cells: (layers, 2, B, row², dim), what those shifts read of the token that predicts each cell. Several
-    tokens can be appended at once, and as many of the latest taken back.
+    many of them were there before the first decoded one. Several tokens can be appended at once, and as many of the
+    latest taken back.
     """
 
     keys: Tensor
     values: Tensor
     last: Tensor
     ids: Tensor
-    cells: Tensor
-    row: int = 0
     length: int = 0
     prompt_length: int = 0
     latest: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
@@ -50,20 +47,16 @@ class KVCache:
         capacity: int,
         head_dim: int,
         *,
-        row: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """An empty cache."""
         sizes = layers, batch, heads, capacity, head_dim
-        dim, last_dtype = heads * head_dim, cls._last_dtype or dtype
         return cls(
             keys=cls._room(cls._keys_shape(*sizes), device=device, dtype=dtype),
             values=cls._room(sizes, device=device, dtype=dtype),
-            last=torch.zeros((layers, 2, batch, dim), device=device, dtype=last_dtype),
+            last=torch.zeros((layers, 2, batch, heads * head_dim), device=device, dtype=cls._last_dtype or dtype),
             ids=torch.zeros((batch, capacity), device=device, dtype=torch.long),
-            cells=cls._room((layers, 2, batch, row * row, dim), device=device, dtype=last_dtype),
-            row=row,
         )
 
     @staticmethod
@@ -101,14 +94,7 @@ class KVCache:
         """A cache for so many rows, as long as this one, whose numbers are still to be copied."""
         layers, _, heads, capacity, head_dim = self.values.shape
         cache = self.allocate(
-            layers,
-            batch,
-            heads,
-            capacity,
-            head_dim,
-            row=self.row,
-            device=self.values.device,
-            dtype=self.values.dtype,
+            layers, batch, heads, capacity, head_dim, device=self.values.device, dtype=self.values.dtype
         )
         cache.length, cache.prompt_length = self.length, self.prompt_length
         return cache
@@ -116,17 +102,7 @@ class KVCache:
     def _filled(self) -> list[tuple[Tensor, int]]:
         """What has been written, as views, each with the dimension that its rows are counted in."""
         filled = slice(0, self.length)
-        keys, values = self.keys[:, :, :, filled], self.values[:, :, :, filled]
-        return [(keys, 1), (values, 1), *self._beside_keys()]
-
-    def _beside_keys(self) -> list[tuple[Tensor, int]]:
-        """What has been written of all but keys and values; see `_filled`."""
-        return [(self.last, 2), (self.ids, 0), (self.cells[:, :, :, : self.next_cell], 2)]
-
-    @property
-    def next_cell(self) -> int:
-        """The cell that the next token predicts; before the prompt is read, the next to be decoded."""
-        return self.length - self.prompt_length + 1
+        return [(self.keys[:, :, :, filled], 1), (self.values[:, :, :, filled], 1), (self.last, 2), (self.ids, 0)]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, H, n, D) keys and values behind the filled length; returns all keys and values of the layer.
@@ -180,25 +156,6 @@ class KVCache:
         else:
             self.latest.clear()
         return before
-
-    def row_before(self, layer: int, which: int, x: Tensor) -> Tensor:
-        """For each of the new tokens x (B, n, dim) the one a row before, (B, n, dim), itself where there is none."""
-        cells = self.cells[layer, which]
-        if not self.prompt_length:  # a prompt, whose last token predicts the first cell
-            cells[:, 0] = x[:, -1]
-            return x
-        start, end = self.next_cell, self.next_cell + x.shape[1]
-        cells[:, start:end] = x
-        first = max(start, self.row)  # the first cell with one above it
-        if first >= end:
-            return x
-        return torch.cat([x[:, : first - start], cells[:, first - self.row : end - self.row].to(x.dtype)], dim=1)
-
-    def row_before_at(self, layer: int, which: int, x: Tensor, cell: Tensor) -> Tensor:
-        """The same for one token x (B, 1, dim) that predicts a cell (1,) int64 that only the device knows."""
-        cells, above = self.cells[layer, which], cell - self.row
-        cells.index_copy_(1, cell, x)
-        return torch.where(above >= 0, cells.index_select(1, above.clamp(min=0)), x)
 
     def advance(self, tokens: int) -> None:
         """Counts tokens that every layer has written."""

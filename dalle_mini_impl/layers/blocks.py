@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.layers.attention import Attention, KVCache
 from dalle_mini_impl.layers.norm import Norm
-from dalle_mini_impl.layers.shift import TokenShift, row_before
+from dalle_mini_impl.layers.shift import TokenShift
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -76,15 +76,14 @@ class Block(nn.Module):
         ffn_multiple: float = 4.0,
         dropout: float = 0.0,
         token_shift: bool = False,
-        row_shift: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = Norm(dim)
         self.attention = Attention(dim, heads, causal=causal, dropout=dropout)
         self.ffn_norm = Norm(dim)
         self.ffn = FeedForward(dim, ffn, ffn_multiple)
-        self.attention_shift = TokenShift(dim, row_shift) if token_shift else None
-        self.ffn_shift = TokenShift(dim, row_shift) if token_shift else None
+        self.attention_shift = TokenShift(dim) if token_shift else None
+        self.ffn_shift = TokenShift(dim) if token_shift else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -94,29 +93,14 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
-        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """(B, L, dim) to (B, L, dim); arguments as in Attention.
-
-        grid: the token that predicts the first cell, and the cells in a row, which a row shift without a cache needs.
-        """
-        h = _shifted(self.attention_norm(x), self.attention_shift, cache, layer, 0, grid)
+        """(B, L, dim) to (B, L, dim); arguments as in Attention."""
+        h = self.attention_norm(x)
+        if self.attention_shift is not None:
+            h = self.attention_shift(h, cache and cache.shift(layer, 0, h))
         x = x + self.dropout(self.attention(h, rope, mask, cache, layer))
-        h = _shifted(self.ffn_norm(x), self.ffn_shift, cache, layer, 1, grid)
+        h = self.ffn_norm(x)
+        if self.ffn_shift is not None:
+            h = self.ffn_shift(h, cache and cache.shift(layer, 1, h))
         out: Tensor = x + self.dropout(self.ffn(h))
         return out
-
-
-def _shifted(
-    x: Tensor, shift: TokenShift | None, cache: KVCache | None, layer: int, which: int, grid: tuple[int, int] | None
-) -> Tensor:
-    """x (B, L, dim) behind a block's token shift, 0 or 1, if it has one; `which` is its number for the cache."""
-    if shift is None:
-        return x
-    above = None
-    if shift.row_mix is not None and cache is not None:
-        above = cache.row_before(layer, which, x)
-    elif shift.row_mix is not None and grid is not None:
-        above = row_before(x, *grid)
-    mixed: Tensor = shift(x, None if cache is None else cache.shift(layer, which, x), above)
-    return mixed

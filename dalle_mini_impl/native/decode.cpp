@@ -29,8 +29,7 @@ extern "C" {
 struct Layer {
     const void *qkv, *out, *up, *down;
     const float *cosines, *sines;
-    const float *attention_mix, *ffn_mix;          // null without token shift
-    const float *attention_row_mix, *ffn_row_mix;  // null without row shift
+    const float *attention_mix, *ffn_mix;  // null without token shift
 };
 
 struct Model {
@@ -48,16 +47,15 @@ struct Cache {
 
 // All contiguous. x (batch, count, dim). cache: of each sequence alone; prompts: of what comes before it, which sequence
 // b shares with others as row owners[b]; its length is 0 where there is none. last (layers, 2, batch, dim), latest the
-// same with (count + 1) before dim, or null. cells (layers, 2, batch, row * row, dim): what row shifts keep of the token
-// that predicts each cell of the grid; the first of these tokens predicts first_cell, which is below 0 in a prompt.
-// slots (count): rows of the tables. logits (batch, count, vocab), or (batch, vocab) of the last tokens alone.
+// same with (count + 1) before dim, or null. slots (count): rows of the tables. logits (batch, count, vocab), or
+// (batch, vocab) of the last tokens alone.
 struct Pass {
     const float* x;
     Cache cache, prompts;
     const int64_t* owners;
-    float *last, *latest, *cells, *logits;
+    float *last, *latest, *logits;
     const int64_t* slots;
-    int64_t batch, count, row, first_cell, only_last, threads;
+    int64_t batch, count, only_last, threads;
 };
 
 // What filters.py says, for logits (pictures, tokens, vocab) with a caption and, or null, without. scales (tokens).
@@ -285,17 +283,16 @@ struct Pad {
     }
 };
 
-// This thread's sequences: normed = norm(x), mixed with the token before and the one a row before where there are mixes.
+// This thread's sequences: normed = norm(x), mixed with the token before where there is a mix.
 template <class T>
-void norm_and_shift(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, const float* mix,
-                    const float* row_mix, int layer, int which, float* own) {
+void norm_and_shift(const Model& m, const Pass& p, const Part& part, Pad<T>& pad, const float* mix, int layer, int which,
+                    float* own) {
     const int dim = m.dim;
     const long place = static_cast<long>(layer) * 2 + which;
     float *now = own, *before = own + dim, *blend = own + 2 * dim;
     for (int64_t b = part.begin(p.batch); b < part.end(p.batch); ++b) {
         float* last = p.last + (place * p.batch + b) * dim;
         float* latest = p.latest ? p.latest + (place * p.batch + b) * (p.count + 1) * dim : nullptr;
-        float* cells = p.cells + (place * p.batch + b) * p.row * p.row * dim;
         if (mix) std::memcpy(before, last, dim * sizeof(float));
         if (mix && latest) std::memcpy(latest, last, dim * sizeof(float));
         for (int64_t j = 0; j < p.count; ++j) {
@@ -308,13 +305,6 @@ void norm_and_shift(const Model& m, const Pass& p, const Part& part, Pad<T>& pad
             for (int i = 0; i < dim; i += LANES) {
                 const Vec here = load(now + i);
                 store(blend + i, here + load(mix + i) * (load(before + i) - here));
-            }
-            const int64_t cell = p.first_cell + j;
-            if (row_mix && cell >= 0) std::memcpy(cells + cell * dim, now, dim * sizeof(float));
-            if (row_mix && cell >= p.row) {
-                const float* above = cells + (cell - p.row) * dim;
-                for (int i = 0; i < dim; i += LANES)
-                    store(blend + i, load(blend + i) + load(row_mix + i) * (load(above + i) - load(now + i)));
             }
             T::convert(blend, &pad.normed[row * dim], dim);
             if (latest) std::memcpy(latest + (j + 1) * dim, now, dim * sizeof(float));
@@ -476,7 +466,7 @@ void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
     part.meet();
     for (int index = 0; index < m.layers; ++index) {
         const Layer& layer = m.layer[index];
-        norm_and_shift(m, p, part, pad, layer.attention_mix, layer.attention_row_mix, index, 0, own.data());
+        norm_and_shift(m, p, part, pad, layer.attention_mix, index, 0, own.data());
         part.meet();
         multiply<T>(normed, dim, rows, dim, layer.qkv, 3 * dim, part, keep);
         part.meet();
@@ -484,7 +474,7 @@ void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
         part.meet();
         multiply<T>(mixed, dim, rows, dim, layer.out, dim, part, add);
         part.meet();
-        norm_and_shift(m, p, part, pad, layer.ffn_mix, layer.ffn_row_mix, index, 1, own.data());
+        norm_and_shift(m, p, part, pad, layer.ffn_mix, index, 1, own.data());
         part.meet();
         multiply<T>(normed, dim, rows, dim, layer.up, hidden, part, square);
         part.meet();

@@ -27,7 +27,7 @@ def lanes() -> int:
 class LayerWeights:
     """One block: weights (out, in) with the norms' weights in them, tables (slots, 2, head_dim), mixes (dim,) or None.
 
-    The tables turn queries and keys, which are normalised without a weight before. row_mixes: those of row shifts.
+    The tables turn queries and keys, which are normalised without a weight before.
     """
 
     qkv: Tensor
@@ -37,13 +37,11 @@ class LayerWeights:
     cosines: Tensor
     sines: Tensor
     mixes: tuple[Tensor, Tensor] | None
-    row_mixes: tuple[Tensor, Tensor] | None
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("qkv", "out", "up", "down", "cosines", "sines")),
-        *((name, ctypes.c_void_p) for name in ("attention_mix", "ffn_mix", "attention_row_mix", "ffn_row_mix")),
+        (name, ctypes.c_void_p) for name in ("qkv", "out", "up", "down", "cosines", "sines", "attention_mix", "ffn_mix")
     ]
 
 
@@ -68,8 +66,8 @@ class _Pass(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("cache", _Cache),
         ("prompts", _Cache),
-        *((name, ctypes.c_void_p) for name in ("owners", "last", "latest", "cells", "logits", "slots")),
-        *((name, ctypes.c_int64) for name in ("batch", "count", "row", "first_cell", "only_last", "threads")),
+        *((name, ctypes.c_void_p) for name in ("owners", "last", "latest", "logits", "slots")),
+        *((name, ctypes.c_int64) for name in ("batch", "count", "only_last", "threads")),
     ]
 
 
@@ -113,11 +111,9 @@ class NativeCache(KVCache):
         if self.length != self.prompt_length:
             return super().select(rows)
         layers, _, heads, capacity, head_dim = self.values.shape
-        room, dtype = capacity - self.length, self.values.dtype
-        chosen = self.allocate(layers, len(rows), heads, room, head_dim, row=self.row, dtype=dtype)
+        chosen = self.allocate(layers, len(rows), heads, capacity - self.length, head_dim, dtype=self.values.dtype)
         chosen.length = chosen.prompt_length = self.length
         chosen.last.copy_(self.last.index_select(2, rows))
-        chosen.cells[:, :, :, :1] = self.cells[:, :, :, :1].index_select(2, rows)
         chosen.prompts, chosen.owners = self, rows.contiguous()
         return chosen
 
@@ -141,7 +137,7 @@ class NativeCache(KVCache):
     def _filled(self) -> list[tuple[Tensor, int]]:
         own = self.length - self.shared_length
         keys, values = self.keys[:, :, :, : -(-own // lanes())], self.values[:, :, :, :own]
-        return [(keys, 1), (values, 1), *self._beside_keys()]
+        return [(keys, 1), (values, 1), (self.last, 2), (self.ids, 0)]
 
     def described(self, length: int) -> _Cache:
         """Its own keys and values as the kernel takes them, of which so many tokens count."""
@@ -185,8 +181,6 @@ class NativeTrunk:
             place.cosines, place.sines = self._keep(layer.cosines.float()), self._keep(layer.sines.float())
             if layer.mixes is not None:
                 place.attention_mix, place.ffn_mix = (self._keep(mix.float()) for mix in layer.mixes)
-            if layer.row_mixes is not None:
-                place.attention_row_mix, place.ffn_row_mix = (self._keep(mix.float()) for mix in layer.row_mixes)
         hidden = layers[0].up.shape[0]
         self._model = _Model(
             layers=len(layers),
@@ -227,9 +221,6 @@ class NativeTrunk:
             owners=None if owners is None else owners.data_ptr(),
             last=cache.last.data_ptr(),
             latest=None if latest is None else latest.data_ptr(),
-            cells=cache.cells.data_ptr(),
-            row=cache.row,
-            first_cell=cache.next_cell if cache.prompt_length else 1 - count,
             logits=logits.data_ptr(),
             slots=slots.data_ptr(),
             batch=batch,

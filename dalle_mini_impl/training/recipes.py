@@ -56,7 +56,6 @@ ARCHITECTURE_KEYS: dict[str, frozenset[str]] = {
             "ffn",
             "ffn_multiple",
             "token_shift",
-            "row_shift",
             "neighbours",
             "reading_share",
             "image_prefix",
