@@ -46,7 +46,8 @@ def test_ids_are_the_vaes_own_in_each_view(vae: DiscreteVAE, pictures: np.ndarra
 
 
 MOVES: dict[View, tuple[int, int]] = {
-    "up_left": (-1, -1), "up_right": (-1, 1), "down_left": (1, -1), "down_right": (1, 1)
+    "up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1),
+    "up_left": (-1, -1), "up_right": (-1, 1), "down_left": (1, -1), "down_right": (1, 1),
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def apply_view(images: Tensor, view: View, factor: int = 1) -> Tensor:
         return images
     side = images.shape[-1]
     pixels = factor * max(1, round(_MOVED * side / factor))
-    down, right = (pixels if word in view else -pixels for word in ("down", "right"))
+    down, right = (pixels * ((forth in view) - (back in view)) for back, forth in (("up", "down"), ("left", "right")))
     borders = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))
     padded = F.pad(images, borders, mode="replicate")
     top, left = max(-down, 0), max(-right, 0)
