@@ -14,11 +14,11 @@ from dalle_mini_impl.config import View
 from dalle_mini_impl.data.array_cache import Workers
 from dalle_mini_impl.data.token_cache import (
     TokenCache,
-    apply_view,
     cache_fingerprint,
     images_from_pixels,
     unigram_nll,
 )
+from dalle_mini_impl.data.views import apply_view
 from dalle_mini_impl.vae.model import DiscreteVAE
 from tests.tiny import tiny_bundle
 

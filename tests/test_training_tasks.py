@@ -212,6 +212,21 @@ def test_each_view_comes_with_its_own_ids() -> None:
     assert set(batch["view"].tolist()) == {0, 1}
 
 
+def test_a_vae_of_moved_views_is_trained_on_moved_pictures() -> None:
+    plain, moving = vae_task(), vae_task('data.views=["plain", "up_left"]')
+    images = batch_of(plain)["pixels"].permute(0, 3, 1, 2).float()
+    pictures = batch_of(moving)["pixels"].permute(0, 3, 1, 2).float()
+    moves = torch.tensor([(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)])  # 16 pixels: by one at most
+    seen = set()
+    for image, picture in zip(images, pictures, strict=True):
+        candidates = shift_images(image.expand(9, -1, -1, -1), moves, limit=1)
+        found = [place for place in range(9) if torch.equal(candidates[place], picture)]
+        assert len(found) == 1
+        seen.update(found)
+    assert len(seen) > 3
+    assert torch.equal(batch_of(moving)["pixels"], batch_of(moving)["pixels"]), "a pure function of the position"
+
+
 def test_every_fourth_sample_is_read_and_keeps_its_caption() -> None:
     task = dalle_task("dalle.reading_share=0.25", "dalle.caption_dropout=1.0")
     batch = batch_of(task)

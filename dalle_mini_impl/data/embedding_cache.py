@@ -20,7 +20,8 @@ from torch import Tensor
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import View
 from dalle_mini_impl.data.array_cache import Workers, build_array, open_array, weights_digest
-from dalle_mini_impl.data.token_cache import apply_view, images_from_pixels
+from dalle_mini_impl.data.token_cache import images_from_pixels
+from dalle_mini_impl.data.views import apply_view
 
 _NAME = "embeddings"
 

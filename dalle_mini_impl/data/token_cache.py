@@ -14,39 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_mini_impl.config import View
 from dalle_mini_impl.data.array_cache import Workers, build_array, open_array, weights_digest
+from dalle_mini_impl.data.views import apply_view
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 MAX_CODES = 1 << 16
-_MOVED = 3 / 64  # of the side: no whole number of tokens for sides and tokens of usual sizes
 _NAME = "tokens"
 
 
 def images_from_pixels(pixels: Tensor) -> Tensor:
     """uint8 pictures (B, S, S, 3) to float32 (B, 3, S, S) in [0, 1], on their own device."""
     return pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255)
-
-
-def apply_view(images: Tensor, view: View, factor: int = 1) -> Tensor:
-    """A view of pictures (B, 3, S, S): themselves, mirrored left to right, or moved with their borders repeated.
-
-    factor: how many times the side of the pictures that the ids are of.
-    """
-    if view == "flip":
-        return images.flip(-1)
-    if view == "plain":
-        return images
-    side = images.shape[-1]
-    pixels = factor * max(1, round(_MOVED * side / factor))
-    down, right = (pixels * ((forth in view) - (back in view)) for back, forth in (("up", "down"), ("left", "right")))
-    borders = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))
-    padded = F.pad(images, borders, mode="replicate")
-    top, left = max(-down, 0), max(-right, 0)
-    return padded[..., top : top + side, left : left + side]
 
 
 def cache_fingerprint(vae: DiscreteVAE, data_fingerprint: str, views: Sequence[View]) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData
-from dalle_mini_impl.data.token_cache import TokenCache, apply_view, images_from_pixels
+from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels
+from dalle_mini_impl.data.views import apply_view
 from dalle_mini_impl.sheet import reconstruction_sheet, save_sheet
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, sample_rng

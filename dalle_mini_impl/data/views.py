@@ -1,0 +1,44 @@
+"""Views of pictures: mirrored, or moved by a few pixels. A small set of pictures has many more of them.
+
+A moved picture shows what its caption says as well as before, but other pixels share a token, so that nearly all of its
+ids are others: what is learned by heart of one view doesn't help with the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle_mini_impl.config import View
+
+_MOVED = 3 / 64  # of the side: no whole number of tokens for sides and tokens of usual sizes
+
+
+def move_px(side: int) -> int:
+    """How far a moved view of pictures of this side is moved, in pixels."""
+    return max(1, round(_MOVED * side))
+
+
+def has_moves(views: Sequence[View]) -> bool:
+    """Whether any of the views is moved."""
+    return any(view not in ("plain", "flip") for view in views)
+
+
+def apply_view(images: Tensor, view: View, factor: int = 1) -> Tensor:
+    """A view of pictures (B, 3, S, S): themselves, mirrored left to right, or moved with their borders repeated.
+
+    factor: how many times the side of the pictures that the ids are of.
+    """
+    if view == "flip":
+        return images.flip(-1)
+    if view == "plain":
+        return images
+    side = images.shape[-1]
+    pixels = factor * move_px(side // factor)
+    down, right = (pixels * ((forth in view) - (back in view)) for back, forth in (("up", "down"), ("left", "right")))
+    borders = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))
+    padded = F.pad(images, borders, mode="replicate")
+    top, left = max(-down, 0), max(-right, 0)
+    return padded[..., top : top + side, left : left + side]
