@@ -85,13 +85,36 @@ def test_few_pictures_get_what_keeps_them_from_being_learnt_by_heart() -> None:
     few, many = (chosen(photos(count), ONE_GPU, 36_000.0) for count in (500, 50_000))
     assert few.dalle.token_corruption > many.dalle.token_corruption
     assert few.dalle.dim < many.dalle.dim == 768
-    assert few.data.views == ("plain", "flip") and many.data.views == ("plain",)
+    assert few.dalle.dropout == 0.1
     assert few.train.clip.batch_size < 500 / 2
-    assert chosen(photos(500), TWO_CORES).dalle.dropout == 0.1 and chosen(photos(50_000), TWO_CORES).dalle.dropout == 0
 
 
-def test_pictures_are_never_mirrored_against_their_captions() -> None:
-    assert chosen(photos(500, names_sides=True), TWO_CORES).data.views == ("plain",)
+def test_dropout_never_keeps_a_cpu_from_its_compiled_attention() -> None:
+    assert {chosen(photos(count), TWO_CORES).dalle.dropout for count in (500, 5_000, 50_000)} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("count", "hardware", "minutes", "moves"),
+    [
+        (500, TWO_CORES, 5, 8),
+        (5_000, TWO_CORES, 5, 0),
+        (5_000, TWO_CORES, 15, 4),
+        (5_000, TWO_CORES, 25, 8),
+        (5_000, replace(TWO_CORES, has_bf16=False), 30, 4),
+        (50_000, TWO_CORES, 25, 0),
+        (50_000, TWO_CORES, 150, 4),
+        (50_000, ONE_GPU, 25, 8),
+    ],
+)
+def test_pictures_are_moved_as_often_as_there_is_time_to_encode(
+    count: int, hardware: Hardware, minutes: float, moves: int
+) -> None:
+    for names_sides in (False, True):
+        views = chosen(photos(count, names_sides=names_sides), hardware, 60 * minutes).data.views
+        assert len([view for view in views if view not in ("plain", "flip")]) == moves
+        is_mirrored = not names_sides and not (count == 50_000 and moves == 0)
+        assert ("flip" in views) == is_mirrored, "never against its caption"
+    assert chosen(photos(count, None, True, "shapes"), hardware, 60 * minutes).data.views == ("plain",)
 
 
 @pytest.mark.parametrize(("side", "cpu", "gpu"), [(20.0, 32, 32), (64.0, 64, 64), (100.0, 64, 64), (2000.0, 64, 128)])

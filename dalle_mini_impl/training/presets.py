@@ -20,6 +20,11 @@ SMALL, MEDIUM, LARGE = 500, 5_000, 50_000
 """Numbers of pictures that the presets are named after; a set belongs to the nearest, by ratio."""
 ASSUMED_SEC = 7200.0
 """The time that a model's size is chosen for where no budget is given."""
+ENCODED_PER_SEC, ENCODING_SHARE = 450.0, 0.05
+"""Pictures of 64 pixels that a core with bf16 encodes in a second, and the share of the time that may go into that."""
+DIAGONAL_MOVES = ["up_left", "up_right", "down_left", "down_right"]
+MOVES = ["up", "down", "left", "right", *DIAGONAL_MOVES]
+"""Views of a picture that is moved; see `data.views`."""
 FP32_SPEED = 0.4
 """How fast a CPU without bf16 trains, as a share of what the same number of cores with it does (docs/log.md: 0.38)."""
 
@@ -84,7 +89,8 @@ def choose(data: Survey, hardware: Hardware, budget_sec: float | None = None) ->
     choice.set(f"preset for {size:,} pictures on {hardware}: --data has {more}{data.num_pictures:,}", name=name)
     _picture(choice, data, hardware)
     _codes(choice, size, hardware)
-    _regularization(choice, data, size, hardware)
+    _regularization(choice, size, hardware)
+    _views(choice, data, size, hardware, budget_sec)
     (_cpu_models if hardware.kind == "cpu" else _gpu_models)(choice, size, hardware, budget_sec)
     choice.set("CLIP reads captions word by word, too: it ranks far better by that", clip__caption_layers=2)
     _batches(choice, data, size, hardware)
@@ -122,10 +128,10 @@ def _codes(choice: Choice, size: int, hardware: Hardware) -> None:
     choice.set("", text__vocab_size={SMALL: 1024, MEDIUM: 2048, LARGE: 4096}[size])
 
 
-def _regularization(choice: Choice, data: Survey, size: int, hardware: Hardware) -> None:
+def _regularization(choice: Choice, size: int, hardware: Hardware) -> None:
     """Against learning by heart: the fewer pictures and the more operations, the more of it."""
     is_short = size == SMALL or (size == MEDIUM and hardware.kind == "gpu")
-    dropout = 0.1 if is_short or hardware.kind == "gpu" else 0.0
+    dropout = 0.1 if hardware.kind == "gpu" else 0.0  # on CPUs it makes steps twice as long
     corruption = 0.1 if is_short else 0.05 if size == MEDIUM or hardware.kind == "gpu" else 0.02
     choice.set(
         f"dropout {dropout:g}, {corruption:.0%} of the tokens that are read replaced by random ones: "
@@ -133,12 +139,32 @@ def _regularization(choice: Choice, data: Survey, size: int, hardware: Hardware)
         dalle__dropout=dropout,
         dalle__token_corruption=corruption,
     )
-    if size == LARGE or data.made is not None:
+
+
+def _views(choice: Choice, data: Survey, size: int, hardware: Hardware, budget_sec: float | None) -> None:
+    """As many views of each picture as can be encoded in a small part of the time: they are worth pictures.
+
+    Made pictures have none, since more of them can be made.
+    """
+    if data.made is not None:
         return
-    if data.names_sides:
-        choice.set("no mirrored pictures: captions say left or right, or speak of writing", data__views=["plain"])
-    else:
-        choice.set("mirrored pictures, too: no caption says left or right", data__views=["plain", "flip"])
+    views = ["plain"] if data.names_sides else ["plain", "flip"]
+    side_px = choice.values["data"]["image_size"]
+    at_once = ENCODED_PER_SEC * (64 / side_px) ** 2 * hardware.cores * hardware.core_speed
+    room_sec = ENCODING_SHARE * (budget_sec or ASSUMED_SEC)
+
+    def is_quick(number: int) -> bool:
+        return hardware.kind == "gpu" or number * data.num_pictures <= room_sec * at_once
+
+    moves = next((moves for moves in (MOVES, DIAGONAL_MOVES) if is_quick(len(views) + len(moves))), [])
+    if not moves and size == LARGE:
+        views = ["plain"]
+    why = "captions say left or right, or speak of writing" if data.names_sides else "no caption says left or right"
+    mirrored = "no mirrored pictures" if data.names_sides else "mirrored pictures, too"
+    if size != LARGE or moves:
+        choice.set(f"{mirrored}: {why}", data__views=[*views, *moves])
+    if moves:
+        choice.set(f"each picture also moved a little, in {len(moves)} directions: so it isn't learned by heart")
 
 
 def _cpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float | None) -> None:
