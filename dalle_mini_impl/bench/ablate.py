@@ -78,8 +78,8 @@ def read_recipes(path: Path) -> dict[str, Path]:
 def shared_stages(settings: Sequence[str]) -> list[Stage]:
     """The stages that an arm takes over from the base run; none where it changes what all of them read.
 
-    VAE and CLIP change what comes after them, so an arm that touches one trains DALL·E as well. Views change what
-    DALL·E reads alone, and a seed counts for what the arm trains.
+    VAE and CLIP change what comes after them, so an arm that touches one trains DALL·E as well. Views count for what
+    DALL·E reads alone, and a seed for what the arm trains.
     """
     sections = {
         "dalle" if _changes_views(setting) else _key(setting).removeprefix("train.").split(".")[0]

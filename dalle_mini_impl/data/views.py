@@ -6,13 +6,24 @@ ids are others: what is learned by heart of one view doesn't help with the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from dalle_mini_impl.config import View
 
+MOVES: Mapping[View, tuple[int, int]] = {
+    "up": (-1, 0),
+    "down": (1, 0),
+    "left": (0, -1),
+    "right": (0, 1),
+    "up_left": (-1, -1),
+    "up_right": (-1, 1),
+    "down_left": (1, -1),
+    "down_right": (1, 1),
+}
+"""Views that are moved: which way down and right."""
 _MOVED = 3 / 64  # of the side: no whole number of tokens for sides and tokens of usual sizes
 
 
@@ -23,7 +34,7 @@ def move_px(side: int) -> int:
 
 def has_moves(views: Sequence[View]) -> bool:
     """Whether any of the views is moved."""
-    return any(view not in ("plain", "flip") for view in views)
+    return any(view in MOVES for view in views)
 
 
 def apply_view(images: Tensor, view: View, factor: int = 1) -> Tensor:
@@ -31,13 +42,10 @@ def apply_view(images: Tensor, view: View, factor: int = 1) -> Tensor:
 
     factor: how many times the side of the pictures that the ids are of.
     """
-    if view == "flip":
-        return images.flip(-1)
-    if view == "plain":
-        return images
+    if view not in MOVES:
+        return images.flip(-1) if view == "flip" else images
     side = images.shape[-1]
-    pixels = factor * move_px(side // factor)
-    down, right = (pixels * ((forth in view) - (back in view)) for back, forth in (("up", "down"), ("left", "right")))
+    down, right = (way * factor * move_px(side // factor) for way in MOVES[view])
     borders = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))
     padded = F.pad(images, borders, mode="replicate")
     top, left = max(-down, 0), max(-right, 0)

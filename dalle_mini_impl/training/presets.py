@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dalle_mini_impl.data.survey import Survey
+from dalle_mini_impl.data.views import MOVES
 from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.training.budget import format_duration
 
@@ -21,10 +22,8 @@ SMALL, MEDIUM, LARGE = 500, 5_000, 50_000
 ASSUMED_SEC = 7200.0
 """The time that a model's size is chosen for where no budget is given."""
 ENCODED_PER_SEC, ENCODING_SHARE = 450.0, 0.05
-"""Pictures of 64 pixels that a core with bf16 encodes in a second, and the share of the time that may go into that."""
-DIAGONAL_MOVES = ["up_left", "up_right", "down_left", "down_right"]
-MOVES = ["up", "down", "left", "right", *DIAGONAL_MOVES]
-"""Views of a picture that is moved; see `data.views`."""
+"""Pictures of 64 pixels that a core with bf16 encodes in a second (one without: 184, docs/experiments.md), and the share
+of the time that may go into that."""
 FP32_SPEED = 0.4
 """How fast a CPU without bf16 trains, as a share of what the same number of cores with it does (docs/log.md: 0.38)."""
 
@@ -149,22 +148,27 @@ def _views(choice: Choice, data: Survey, size: int, hardware: Hardware, budget_s
     if data.made is not None:
         return
     views = ["plain"] if data.names_sides else ["plain", "flip"]
-    side_px = choice.values["data"]["image_size"]
-    at_once = ENCODED_PER_SEC * (64 / side_px) ** 2 * hardware.cores * hardware.core_speed
-    room_sec = ENCODING_SHARE * (budget_sec or ASSUMED_SEC)
-
-    def is_quick(number: int) -> bool:
-        return hardware.kind == "gpu" or number * data.num_pictures <= room_sec * at_once
-
-    moves = next((moves for moves in (MOVES, DIAGONAL_MOVES) if is_quick(len(views) + len(moves))), [])
-    if not moves and size == LARGE:
-        views = ["plain"]
-    why = "captions say left or right, or speak of writing" if data.names_sides else "no caption says left or right"
-    mirrored = "no mirrored pictures" if data.names_sides else "mirrored pictures, too"
-    if size != LARGE or moves:
-        choice.set(f"{mirrored}: {why}", data__views=[*views, *moves])
+    diagonal = [view for view, (down, right) in MOVES.items() if down and right]
+    room = _encodings(choice, hardware, budget_sec) / max(1, data.num_pictures)
+    moves = next((moves for moves in (list(MOVES), diagonal) if len(views) + len(moves) <= room), [])
+    if size == LARGE and not moves:
+        return
+    if data.names_sides:
+        reason = "no mirrored pictures: captions say left or right, or speak of writing"
+    else:
+        reason = "mirrored pictures, too: no caption says left or right"
+    choice.set(reason, data__views=[*views, *moves])
     if moves:
-        choice.set(f"each picture also moved a little, in {len(moves)} directions: so it isn't learned by heart")
+        choice.set(f"each picture moved a little in {len(moves)} directions, too: it is less learned by heart so")
+
+
+def _encodings(choice: Choice, hardware: Hardware, budget_sec: float | None) -> float:
+    """How many pictures the VAE can encode in ENCODING_SHARE of the time; a GPU as many as there are."""
+    if hardware.kind == "gpu":
+        return float("inf")
+    side_px = choice.values["data"]["image_size"]
+    core_sec = (budget_sec or ASSUMED_SEC) * hardware.cores * hardware.core_speed
+    return ENCODING_SHARE * core_sec * ENCODED_PER_SEC * (64 / side_px) ** 2
 
 
 def _cpu_models(choice: Choice, size: int, hardware: Hardware, budget_sec: float | None) -> None:
