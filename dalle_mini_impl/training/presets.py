@@ -22,8 +22,8 @@ SMALL, MEDIUM, LARGE = 500, 5_000, 50_000
 ASSUMED_SEC = 7200.0
 """The time that a model's size is chosen for where no budget is given."""
 ENCODED_PER_SEC, ENCODING_SHARE = 450.0, 0.05
-"""Pictures of 64 pixels that a core with bf16 encodes in a second (one without: 184, docs/experiments.md), and the share
-of the time that may go into that."""
+"""Pictures of 64 pixels that a core with bf16 encodes in a second (one without: 184, docs/experiments.md), and how much
+of the time may go into that."""
 FP32_SPEED = 0.4
 """How fast a CPU without bf16 trains, as a share of what the same number of cores with it does (docs/log.md: 0.38)."""
 
