@@ -166,7 +166,7 @@ def _encodings(choice: Choice, hardware: Hardware, budget_sec: float | None) -> 
     """How many pictures the VAE can encode in ENCODING_SHARE of the time; a GPU as many as there are."""
     if hardware.kind == "gpu":
         return float("inf")
-    side_px = choice.values["data"]["image_size"]
+    side_px: int = choice.values["data"]["image_size"]
     core_sec = (budget_sec or ASSUMED_SEC) * hardware.cores * hardware.core_speed
     return ENCODING_SHARE * core_sec * ENCODED_PER_SEC * (64 / side_px) ** 2
 
