@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache
+from dalle_mini_impl.data.views import shift_images
 from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, split_batch
 from dalle_mini_impl.training.task import EvaluationContext, StepContext, Task
-from dalle_mini_impl.training.tasks.clip import CLIPTask, _trimmed, shift_images
+from dalle_mini_impl.training.tasks.clip import CLIPTask, _trimmed
 from dalle_mini_impl.training.tasks.dalle import DALLETask
 from dalle_mini_impl.training.tasks.vae import VAETask
 from tests.tiny import TINY_CAPTIONS, tiny_bundle

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from dalle_mini_impl.config import View
@@ -45,8 +45,19 @@ def apply_view(images: Tensor, view: View, factor: int = 1) -> Tensor:
     if view not in MOVES:
         return images.flip(-1) if view == "flip" else images
     side = images.shape[-1]
-    down, right = (way * factor * move_px(side // factor) for way in MOVES[view])
-    borders = (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))
-    padded = F.pad(images, borders, mode="replicate")
-    top, left = max(-down, 0), max(-right, 0)
-    return padded[..., top : top + side, left : left + side]
+    pixels = factor * move_px(side // factor)
+    shift = pixels * torch.tensor([MOVES[view]], device=images.device)
+    return shift_images(images, shift.expand(len(images), 2), pixels)
+
+
+def shift_images(images: Tensor, shift: Tensor, limit: int) -> Tensor:
+    """Moves each picture (B, 3, S, S) by its (down, right) pixels in shift (B, 2); borders are repeated."""
+    if limit == 0:
+        return images
+    size = images.shape[-1]
+    place = torch.arange(size, device=images.device)
+    rows = (place - shift[:, :1]).clamp(0, size - 1)[:, None, :, None]  # (B, 1, S, 1)
+    columns = (place - shift[:, 1:]).clamp(0, size - 1)[:, None, None, :]  # (B, 1, 1, S)
+    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
+    channel = torch.arange(3, device=images.device)[:, None, None]
+    return images[batch, channel, rows, columns]

@@ -13,6 +13,7 @@ from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels
+from dalle_mini_impl.data.views import shift_images
 from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
@@ -203,16 +204,3 @@ def _trimmed(batch: Batch) -> Batch:
 def caption_key(caption: str) -> int:
     """Equal for captions that read the same."""
     return derive_seed(normalize_caption(caption))
-
-
-def shift_images(images: Tensor, shift: Tensor, limit: int) -> Tensor:
-    """Moves each picture (B, 3, S, S) by its (down, right) pixels in shift (B, 2); borders are repeated."""
-    if limit == 0:
-        return images
-    size = images.shape[-1]
-    place = torch.arange(size, device=images.device)
-    rows = (place - shift[:, :1]).clamp(0, size - 1)[:, None, :, None]  # (B, 1, S, 1)
-    columns = (place - shift[:, 1:]).clamp(0, size - 1)[:, None, None, :]  # (B, 1, 1, S)
-    batch = torch.arange(len(images), device=images.device)[:, None, None, None]
-    channel = torch.arange(3, device=images.device)[:, None, None]
-    return images[batch, channel, rows, columns]

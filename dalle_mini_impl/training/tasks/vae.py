@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import images_from_pixels
-from dalle_mini_impl.data.views import has_moves, move_px
+from dalle_mini_impl.data.views import has_moves, move_px, shift_images
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
@@ -37,13 +35,13 @@ class VAETask(BaseTask):
     def batch(self, items: Indices, positions: Indices) -> Batch:
         """{"pixels": (B, S, S, 3) uint8}."""
         pixels = self.data.pictures[self.data.train[items]]
-        for row, position in enumerate(positions):
-            rng = sample_rng(self.seed, self.stage, int(position))
+        rngs = [sample_rng(self.seed, self.stage, int(position)) for position in positions]
+        for row, rng in enumerate(rngs):
             if rng.random() < 0.5:
                 pixels[row] = pixels[row, :, ::-1].copy()
-            if self.max_move:
-                pixels[row] = moved(pixels[row], *rng.integers(-self.max_move, self.max_move + 1, 2))
-        return {"pixels": torch.from_numpy(pixels)}
+        shift = torch.tensor([rng.integers(-self.max_move, self.max_move + 1, 2).tolist() for rng in rngs])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return {"pixels": shift_images(images, shift, self.max_move).permute(0, 2, 3, 1)}
 
     def counts(self, batch: Batch) -> Tensor:
         """Pictures."""
@@ -76,10 +74,3 @@ class VAETask(BaseTask):
         known = {"loss", "grad_norm"}
         terms = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in known)
         return f"loss {metrics['loss']:.4f} ({terms})"
-
-
-def moved(pixels: npt.NDArray[np.uint8], down: int, right: int) -> npt.NDArray[np.uint8]:
-    """A picture (S, S, 3) moved by so many pixels; borders are repeated."""
-    place = np.arange(len(pixels))
-    rows, columns = (np.clip(place - by, 0, len(pixels) - 1) for by in (down, right))
-    return pixels[rows[:, None], columns]
