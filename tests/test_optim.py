@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from torch import nn
 
 from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.training.ema import EMA
-from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_learning_rate
+from dalle_mini_impl.training.optim import (
+    MOST_FORGOTTEN,
+    build_optimizers,
+    clip_gradients,
+    learning_rate_share,
+    set_rates,
+    timed_decay,
+)
 from tests.tiny import tiny_bundle
 
 
@@ -45,8 +53,28 @@ def test_muon_takes_the_hidden_matrices_and_adamw_every_other_weight_once() -> N
     assert set(taken[1]) == {id(p) for p in dalle.hidden_matrices()}
     assert sorted(taken[0] + taken[1]) == sorted(id(p) for p in dalle.parameters())
     assert all(group["weight_decay"] == 0 for group in adamw.param_groups if group["params"][0].ndim < 2)
-    set_learning_rate([adamw, muon], 0.5)
+    set_rates([adamw, muon], 0, None, config.model_copy(update={"warmup_steps": 2}))
     assert [group["lr"] for group in muon.param_groups] == [0.01]
+    assert muon.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("total", [200, 20_000])
+def test_muon_forgets_within_a_share_of_the_run_whatever_its_length(total: int) -> None:
+    dalle = tiny_bundle().dalle
+    assert dalle is not None
+    config = StageConfig(muon_timescale=0.4, weight_decay=0.3, warmup_steps=0)
+    adamw, muon = build_optimizers(dalle, config)
+    set_rates([adamw, muon], 0, None, config)  # while its length isn't known
+    assert muon.param_groups[0]["weight_decay"] == 0
+    set_rates([adamw, muon], 0, total, config)
+    [group] = muon.param_groups
+    left = (1 - group["lr"] * group["weight_decay"]) ** (0.4 * total)
+    assert left == pytest.approx(math.exp(-1), rel=0.01)
+    assert adamw.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_a_run_of_a_few_steps_does_not_forget_all_in_each() -> None:
+    assert timed_decay(0.005, 1, 0.5) * 0.005 == pytest.approx(MOST_FORGOTTEN)
 
 
 def test_muon_is_refused_where_there_is_nothing_for_it() -> None:

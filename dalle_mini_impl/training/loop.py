@@ -27,7 +27,7 @@ from dalle_mini_impl.training.compiling import settling_steps, should_compile
 from dalle_mini_impl.training.dtensors import load_optimizer, part_like, whole_on_cpu
 from dalle_mini_impl.training.ema import EMA
 from dalle_mini_impl.training.gradients import Gradients
-from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_learning_rate
+from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_rates
 from dalle_mini_impl.training.progress import MetricsLog, Reporter, Running
 from dalle_mini_impl.training.sharding import Replica, Sharding
 from dalle_mini_impl.training.stopping import StopSignal
@@ -151,7 +151,7 @@ class StageTrainer:
         """One optimiser step over the global batch."""
         self.clock.step_started()
         batch = to_device(prefetcher.get(self.step), self.accelerator.device)
-        set_learning_rate(self.optimizers, learning_rate_share(self.step, self.plan.total_steps, self.config))
+        set_rates(self.optimizers, self.step, self.plan.total_steps, self.config)
         self.task.model.train()
         metrics = self._backward(batch)
         norm = clip_gradients(self.task.model, self.config.max_grad_norm)

@@ -12,6 +12,9 @@ from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.training.dtensors import local, rows_of, whole
 from dalle_mini_impl.training.muon import Muon
 
+MOST_FORGOTTEN = 0.1
+"""Of a weight in a step at the peak rate, in runs of a few steps."""
+
 
 def learning_rate_share(step: int, total: int | None, config: StageConfig) -> float:
     """The learning rate of a step as a share of its peak, in [final_lr_share, 1].
@@ -62,11 +65,23 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     return optimizers
 
 
-def set_learning_rate(optimizers: list[Optimizer], share: float) -> None:
-    """Sets every group to this share of its peak rate."""
+def set_rates(optimizers: list[Optimizer], step: int, total: int | None, config: StageConfig) -> None:
+    """Sets every group's learning rate, and Muon's weight decay, for a step; total as in `learning_rate_share`."""
+    share = learning_rate_share(step, total, config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
+            if config.muon_timescale and isinstance(optimizer, Muon):
+                group["weight_decay"] = timed_decay(group["peak_lr"], total, config.muon_timescale)
+
+
+def timed_decay(peak_lr: float, total: int | None, timescale: float) -> float:
+    """The weight decay that makes weights e times smaller in a share of `total` steps at the peak rate.
+
+    Weights are an average over their latest updates, as long as that time. The best one is a share of the run, whatever
+    its length (arXiv 2405.13698, of AdamW). total: None while a budgeted stage measures its speed (no decay yet).
+    """
+    return 0.0 if total is None else min(MOST_FORGOTTEN, 1 / (timescale * total)) / peak_lr
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

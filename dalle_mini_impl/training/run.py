@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.config import Recipe, Stage, StageConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.files import check_writable, read_json, write_atomically, write_json
@@ -293,7 +293,7 @@ class Run:
         shares: dict[str, float] = {name: getattr(self.recipe.train, name).budget_share for name in remaining}
         trainer = StageTrainer(
             task,
-            getattr(self.recipe.train, stage),
+            self._stage_config(stage),
             accelerator=self.accelerator,
             seed=self.recipe.seed,
             state=state,
@@ -317,6 +317,12 @@ class Run:
             else:
                 logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
             return is_finished and (len(remaining) == 1 or not self._all_stop())
+
+    def _stage_config(self, stage: Stage) -> StageConfig:
+        """The recipe's settings of a stage, but what was trained before is not to be forgotten in this run's time."""
+        config: StageConfig = getattr(self.recipe.train, stage)
+        goes_on = stage in _TRAINS or (self._initial is not None and _has_model(self._initial, stage))
+        return config.model_copy(update={"muon_timescale": 0.0}) if goes_on else config
 
     def _check_nothing_outdated(self, stage: Stage) -> None:
         """Raises ValueError where a stage would make models useless that this run has trained already."""
