@@ -1,8 +1,10 @@
-"""Which devices compute in bf16: one answer for training, drawing and the optimiser."""
+"""Which devices compute in bf16: one answer for training, drawing and the optimiser; and what stays in fp32 on all."""
 
 from __future__ import annotations
 
+import contextlib
 import platform
+from typing import Any
 
 import torch
 
@@ -21,3 +23,13 @@ def computes_bf16(device: torch.device) -> bool:
         is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
         return is_supported is not None and bool(is_supported())
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Full precision inside of an autocast: for losses, their gradients, and what would not bear rounding.
+
+    The meta device, on which estimates are made, has no autocast that could be turned off.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

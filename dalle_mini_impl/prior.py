@@ -23,6 +23,7 @@ from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.rope import axis_angles
 from dalle_mini_impl.noise import gumbel_noise, noise_key
+from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.stream import NULL, PAD
 
 _ROWS_AT_ONCE = 256
@@ -88,14 +89,14 @@ class EmbeddingCodec(nn.Module):
 
     def encode(self, embeddings: Tensor) -> Tensor:
         """Unit vectors (n, E) to codes (n, K) int64."""
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with autocast_off(embeddings.device):
             values = (embeddings.float() - self.mean) @ self.components.t()
         return torch.searchsorted(self.edges, values.t().contiguous(), right=True).t()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (n, K) to unit vectors (n, E) float32."""
         values = self.centres.gather(1, codes.t()).t()  # (n, K)
-        with torch.autocast(codes.device.type, enabled=False):
+        with autocast_off(codes.device):
             return F.normalize(self.mean + values @ self.components, dim=1)
 
 
@@ -282,7 +283,7 @@ class Prior(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         """(..., num_buckets) float32 of (..., dim)."""
         amplitudes = self.head(hidden).float()
-        with torch.autocast(hidden.device.type, enabled=False):
+        with autocast_off(hidden.device):
             logits: Tensor = amplitudes @ self.cosines.t()
         return logits
 

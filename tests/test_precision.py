@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle_mini_impl import precision, sampling
-from dalle_mini_impl.precision import computes_bf16
+from dalle_mini_impl.precision import autocast_off, computes_bf16
 from dalle_mini_impl.training import task
 
 CPU = torch.device("cpu")
@@ -45,3 +45,14 @@ def test_drawing_and_training_take_the_same_type(is_native: bool, monkeypatch: p
     for asked, dtype in (("bf16", torch.bfloat16), ("fp32", None)):
         assert sampling.resolve_precision(asked, CPU) == asked
         assert task.autocast_dtype(asked, CPU) == dtype
+
+
+def test_what_has_to_be_exact_is_exact_and_runs_where_only_shapes_are_known() -> None:
+    rows = torch.full((2, 300), 1.001)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = rows @ rows.t()
+        with autocast_off(CPU):
+            exact = rows @ rows.t()
+    assert rounded.dtype == torch.bfloat16 and exact.dtype == torch.float32
+    with autocast_off(torch.device("meta")):
+        assert (rows.to("meta") @ rows.t().to("meta")).shape == (2, 2)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dalle_mini_impl.config import VQGANConfig
+from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.vae.augment import diff_augment
 from dalle_mini_impl.vae.discriminator import (
     PatchDiscriminator,
@@ -162,8 +163,3 @@ class Adversary:
         self.optimizer.load_state_dict(state["optimizer"])
         self.anchors, self.ratio = (state[name].to(self.accelerator.device) for name in ("anchors", "ratio"))
         self.num_steps, self.skipped_in_a_row = state["num_steps"], state["skipped_in_a_row"]
-
-
-def autocast_off(device: torch.device) -> torch.autocast:
-    """Full precision for losses and their gradients."""
-    return torch.autocast(device.type, enabled=False)

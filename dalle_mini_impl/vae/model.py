@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import VAEConfig
+from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.vae.backbone import ResidualBlock, build_decoder, build_encoder
 from dalle_mini_impl.vae.losses import from_logit_laplace, logit_laplace_nll, mixed_loss
 from dalle_mini_impl.vae.quantizers import Quantized, build_quantizer
@@ -84,7 +85,7 @@ class DiscreteVAE(nn.Module):
     def forward(self, images: Tensor, progress: float = 1.0, generator: torch.Generator | None = None) -> VAEOutput:
         """The training pass over pictures (B, 3, S, S) in [0, 1]; progress in [0, 1] drives the gumbel schedules."""
         latents = self.encoder(self._check(images))
-        with torch.autocast(images.device.type, enabled=False):
+        with autocast_off(images.device):
             quantized = self.quantizer(latents.float(), progress, generator)
         raw = self.decoder(quantized.vectors).float()
         return VAEOutput(raw, self.pictures(raw), quantized)

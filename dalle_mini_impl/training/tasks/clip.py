@@ -14,6 +14,7 @@ from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels
 from dalle_mini_impl.data.views import shift_images
+from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
@@ -118,7 +119,7 @@ class CLIPTask(BaseTask):
         images, texts, keys = (self.accelerator.gather(part) if world > 1 else part for part in own)
         inputs = [images.requires_grad_(), texts.requires_grad_(), *_scale(clip)]
         flat_texts, flat_keys = _own_first(texts), _own_first(keys)
-        with torch.autocast(images.device.type, enabled=False):
+        with autocast_off(images.device):
             loss = clip.contrast(images, flat_texts, keys[:, 0], flat_keys)
         image_grad, text_grad, *self._scale_grads = torch.autograd.grad(loss, inputs)
         with torch.no_grad():

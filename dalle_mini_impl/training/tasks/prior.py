@@ -14,6 +14,7 @@ from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.embed import encode_texts
+from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.prior import Prior
 from dalle_mini_impl.sampling import every_row
 from dalle_mini_impl.stream import NULL
@@ -92,7 +93,7 @@ class PriorTask(BaseTask):
         """The mean negative log-likelihood of a code."""
         prior = cast(Prior, model)
         device = batch["text"].device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), autocast_off(device):
             vectors = self._frozen_clip(device).encode_text(batch["plain"])
         is_dropped = batch["dropped"][:, None]
         dots = (vectors * batch["embedding"]).sum(dim=1)

@@ -14,8 +14,9 @@ from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import Recipe, Stage, VQGANConfig
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import images_from_pixels
+from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.sheet import comparison_sheet, save_sheet
-from dalle_mini_impl.training.adversary import Adversary, Judged, autocast_off
+from dalle_mini_impl.training.adversary import Adversary, Judged
 from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.evaluation import NUM_RECONSTRUCTIONS
 from dalle_mini_impl.training.fidelity import eyes_of, fidelity, through
