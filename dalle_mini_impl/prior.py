@@ -21,6 +21,7 @@ from dalle_mini_impl.config import PriorConfig, SamplingConfig
 from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
+from dalle_mini_impl.layers.recompute import recomputed
 from dalle_mini_impl.layers.rope import axis_angles
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.precision import autocast_off
@@ -123,6 +124,7 @@ class Prior(nn.Module):
             Block(dim, config.heads, causal=True, dropout=config.dropout, token_shift=True)
             for _ in range(config.layers)
         )
+        self._recomputes = False
         self.final_norm = Norm(dim)
         self.head = nn.Linear(dim, cosines.shape[1], bias=False)
         self.register_buffer("cosines", cosines, persistent=False)
@@ -143,6 +145,10 @@ class Prior(nn.Module):
     def hidden_matrices(self) -> list[nn.Parameter]:
         """The weights of the trunk's linear layers, which Muon may train."""
         return [p for p in self.blocks.parameters() if p.ndim == 2]
+
+    def checkpoint_blocks(self) -> None:
+        """Has gradients compute the inside of the blocks again from now on, instead of keeping it."""
+        self._recomputes = True
 
     @torch.no_grad()
     def fit(self, embeddings: Tensor, dots: Tensor) -> None:
@@ -273,8 +279,9 @@ class Prior(nn.Module):
     def _run(self, x: Tensor, start: int, cache: KVCache | None = None) -> Tensor:
         """The trunk over x (B, L, dim), whose first token stands at `start`, behind those in the cache."""
         places = slice(start, start + x.shape[1])
+        run = recomputed(Block.__call__, self._recomputes and cache is None)
         for layer, block in enumerate(self.blocks):
-            x = block(x, (self.rope_cos[places], self.rope_sin[places]), None, cache, layer)
+            x = run(block, x, (self.rope_cos[places], self.rope_sin[places]), None, cache, layer)
         if cache is not None:
             cache.advance(x.shape[1])
         hidden: Tensor = self.final_norm(x)

@@ -65,12 +65,15 @@ def test_activations_grow_with_the_batch_and_shrink_when_it_is_cut_up() -> None:
 
 
 def test_checkpointing_gradients_costs_a_second_forward_pass_and_keeps_less() -> None:
-    deep = ["dalle.layers=8", "clip.image_layers=8", "clip.text_layers=8", "vae.decoder_blocks=8"]
+    deep = ["dalle.layers=8", "clip.image_layers=8", "clip.text_layers=8", "vae.decoder_blocks=8", "prior.layers=8"]
+    deep += ["dalle.image_prefix=2", "upscale.factor=2", "upscale.blocks=8"]
+    stages = (*STAGES, "prior", "upscale")
     plain, saving = (
-        estimate(tiny_recipe(*deep, *(f"train.{stage}.checkpoint_gradients={asked}" for stage in STAGES))).stages
+        estimate(tiny_recipe(*deep, *(f"train.{stage}.checkpoint_gradients={asked}" for stage in stages))).stages
         for asked in ("false", "true")
     )
-    for stage in STAGES:
+    assert plain.keys() == saving.keys() == set(stages)
+    for stage in stages:
         assert saving[stage].train_flops == pytest.approx(plain[stage].train_flops * 4 / 3)
         before = plain[stage].activation_bytes
         assert 0.1 * before < saving[stage].activation_bytes < 0.6 * before, stage

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from dalle_mini_impl.config import Stage
 from dalle_mini_impl.training.task import Task
 from dalle_mini_impl.training.tasks.clip import CLIPTask
+from dalle_mini_impl.training.tasks.prior import PriorTask
+from dalle_mini_impl.training.tasks.vqgan import VQGANTask
+from tests.test_distill import distill_task
+from tests.test_prior import prior_task
 from tests.test_training_tasks import batch_of, clip_task, dalle_task, gradients, reading_task, vae_task
+from tests.test_upscale import upscale_task
+from tests.test_vqgan import warmed_up
 from tests.tiny import tiny_recipe
 
-DEEP = ("dalle.layers=6", "clip.image_layers=6", "clip.text_layers=6", "vae.encoder_blocks=3", "vae.decoder_blocks=3")
+DEEP = (
+    "dalle.layers=6 clip.image_layers=6 clip.text_layers=6 vae.encoder_blocks=3 vae.decoder_blocks=3 prior.layers=6 "
+    "upscale.blocks=9 upscale.width=24"
+).split()
 
 
 def deep_dalle_with_dropout() -> Task:
@@ -41,9 +51,36 @@ def captioning_task() -> CLIPTask:
     return clip_task("clip.caption_layers=2")
 
 
-@pytest.mark.parametrize("make", [deep_dalle_with_dropout, reading_task, clip_task, captioning_task, vae_task])
+def prior_task_with_dropout() -> PriorTask:
+    return prior_task("prior.dropout=0.2", "prior.layers=3")
+
+
+def full_vqgan_task() -> VQGANTask:
+    return warmed_up("vqgan.phase=full")
+
+
+MAKERS: list[Callable[..., Any]] = [
+    deep_dalle_with_dropout,
+    reading_task,
+    distill_task,
+    clip_task,
+    captioning_task,
+    prior_task_with_dropout,
+    vae_task,
+    warmed_up,
+    full_vqgan_task,
+    upscale_task,
+]
+
+
+def test_every_stage_is_tried() -> None:
+    assert {make().stage for make in MAKERS} == set(get_args(Stage))
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_checkpointing_gradients_changes_neither_loss_nor_gradient(make: Callable[[], Any]) -> None:
     plain, again = make(), make()
+    again.model.load_state_dict(plain.model.state_dict())
     again.model.checkpoint_blocks()
     for micro_batch_size in (None, 5):
         found = []
@@ -57,7 +94,7 @@ def test_checkpointing_gradients_changes_neither_loss_nor_gradient(make: Callabl
             assert torch.equal(gradient, expected_gradients[name]), name
 
 
-@pytest.mark.parametrize("make", [dalle_task, clip_task, vae_task])
+@pytest.mark.parametrize("make", [dalle_task, clip_task, prior_task, vae_task, upscale_task])
 def test_checkpointing_gradients_keeps_less(make: Callable[..., Any]) -> None:
     """Autograd keeps the inside of a block; what goes into it, a tenth of that, is held by the checkpoint."""
     task = make(*DEEP)

@@ -39,6 +39,12 @@ class Upscaler(nn.Module):
         """The kernels of the residual blocks, which Muon may train."""
         return [p for p in self.blocks.parameters() if p.ndim == 4]
 
+    def checkpoint_blocks(self) -> None:
+        """Has gradients compute the inside of the residual blocks again from now on, instead of keeping it."""
+        for block in self.blocks:
+            assert isinstance(block, ResidualBlock)
+            block.recomputes = True
+
     def forward(self, codes: Tensor, small: Tensor) -> Tensor:
         """Pictures (B, 3, 2S, 2S) float32, nominally in [0, 1]; small are in [0, 1]."""
         x = self.stem(F.pixel_unshuffle((small - 0.5).contiguous(memory_format=torch.channels_last), _FOLD))
