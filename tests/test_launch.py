@@ -1,4 +1,4 @@
-"""Two processes of `accelerate launch`, one of which is killed: the launcher ends with an error, the run goes on."""
+"""`accelerate launch` as a person uses it: one of two processes killed, Ctrl-C; the run goes on in either case."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ from tests.tiny import tiny_recipe
 
 ROOT = Path(__file__).parents[1]
 DATA = "shapes:count=40"
-ENDLESS = ("train.vae.steps=100000", "train.vae.evaluations=50000", "train.vae.batch_size=4")
+ENDLESS = ("train.vae.steps=100000", "train.vae.batch_size=4", "train.vae.evaluations=50000")
+SAVES_ONLY_WHEN_TOLD = (*ENDLESS[:2], "train.vae.evaluations=1")
 TOML = """
 [data]
 image_size = 16
@@ -59,6 +60,27 @@ def process_of_rank(rank: int, launcher: int) -> int | None:
     return None
 
 
+def start(launch: str, tmp_path: Path, settings: Sequence[str]) -> subprocess.Popen[str]:
+    """Starts train.py with a tiny recipe, by a launcher or directly, in a process group of its own."""
+    config = tmp_path / "tiny.toml"
+    config.write_text(TOML)
+    options = ["--config", config, "--data", DATA, "--out", tmp_path / "run", "--stage", "vae"]
+    options += [part for setting in settings for part in ("--set", setting)]
+    arguments = [sys.executable, *launch.split(), "train.py", *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def goes_on(tmp_path: Path, settings: Sequence[str], world_size: int = 1) -> bool:
+    """Whether a resumed run takes three more steps from the saved one."""
+    out, recipe, stop = tmp_path / "run", tiny_recipe(*settings, 'name="tiny"'), {0: "stop-in-step:3"}
+    done = steps_done(out, "vae")
+    codes = train_in_processes(recipe, DATA, out, stop, world_size=world_size, stages=["vae"])
+    return codes == [3] * world_size and steps_done(out, "vae") == done + 3
+
+
 def wait(until: Callable[[], object], launcher: subprocess.Popen[str], timeout_sec: float = 240) -> None:
     end = time.monotonic() + timeout_sec
     while not until():
@@ -69,17 +91,10 @@ def wait(until: Callable[[], object], launcher: subprocess.Popen[str], timeout_s
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes by /proc, which is Linux's")
 def test_where_one_of_two_processes_is_killed_the_launcher_ends_and_the_run_goes_on(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    config = tmp_path / "tiny.toml"
-    config.write_text(TOML)
-    launch = "-m accelerate.commands.launch --config_file configs/accelerate/cpu2.yaml --main_process_port 0 train.py"
-    options = ["--config", config, "--data", DATA, "--out", out, "--stage", "vae"]
-    options += [part for setting in ENDLESS for part in ("--set", setting)]
-    arguments = [sys.executable, *launch.split(), *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+    launch = "-m accelerate.commands.launch --config_file configs/accelerate/cpu2.yaml --main_process_port 0"
+    with start(launch, tmp_path, ENDLESS) as launcher:
         try:
-            wait(lambda: StateFolder(out / "state" / "vae").started, launcher)
+            wait(lambda: StateFolder(tmp_path / "run" / "state" / "vae").started, launcher)
             victim = process_of_rank(1, launcher.pid)
             assert victim is not None
             os.kill(victim, signal.SIGKILL)
@@ -88,9 +103,25 @@ def test_where_one_of_two_processes_is_killed_the_launcher_ends_and_the_run_goes
             launcher.terminate()  # it takes its processes along
     assert launcher.returncode != 0
     assert "another process has ended" in error or "SIGKILL" in error
-    done = steps_done(out, "vae")
-    assert done >= 2
-    recipe = tiny_recipe(*ENDLESS, 'name="tiny"')
-    stop = {0: "stop-in-step:3"}
-    assert train_in_processes(recipe, DATA, out, stop, world_size=2, stages=["vae"]) == [3, 3]
-    assert steps_done(out, "vae") == done + 3
+    assert steps_done(tmp_path / "run", "vae") >= 2
+    assert goes_on(tmp_path, ENDLESS, world_size=2)
+
+
+@pytest.mark.parametrize(
+    "launch", ["", "-m accelerate.commands.launch --cpu --num_processes 1"], ids=["plain", "launch"]
+)
+def test_ctrl_c_saves_the_run(launch: str, tmp_path: Path) -> None:
+    """A terminal sends it to the whole group: a launcher gives up at once, the training saves its state first."""
+    with start(launch, tmp_path, SAVES_ONLY_WHEN_TOLD) as process:
+        try:
+            wait((tmp_path / "run" / "metrics.jsonl").is_file, process)
+            assert steps_done(tmp_path / "run", "vae") == 0
+            os.killpg(process.pid, signal.SIGINT)
+            _, error = process.communicate(timeout=120)  # until the last of the group has closed its standard error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "stopped; the same command with --resume goes on" in error, error[-3000:]
+    assert launch or process.returncode == 0
+    assert steps_done(tmp_path / "run", "vae") > 0
+    assert goes_on(tmp_path, SAVES_ONLY_WHEN_TOLD)
