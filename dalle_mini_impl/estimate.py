@@ -1,7 +1,7 @@
 """What a recipe costs, before anything is allocated: parameters, operations, memory and time.
 
-Models are built on the meta device, which knows shapes only. Operations are counted by PyTorch as the models run
-there; activations are what autograd would keep.
+Models are built on the meta device, which knows shapes only. Operations are counted as the models run there, by the
+convention of `flops`; activations are what autograd would keep.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_mini_impl.clip import CLIP
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
+from dalle_mini_impl.flops import count_flops
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.pretrained import build_clip, build_dalle, build_prior, build_upscaler, build_vae
 from dalle_mini_impl.stream import NUM_SPECIAL, Stream
@@ -147,14 +147,13 @@ def _stage(
     by_muon = 0
     if config.optimizer == "muon":
         by_muon = sum(parameter.numel() for parameter in model.hidden_matrices())  # type: ignore[operator]
-    with FlopCounterMode(display=False) as counter:
-        kept = _kept_elements(model, forward)
+    flops, kept = count_flops(forward), _kept_elements(model, forward)
     if config.checkpoint_gradients:
         kept = _kept_with_checkpoints(model, forward, kept)
     micro_batch = config.micro_batch_size or -(-config.batch_size // devices)
     return StageEstimate(
         parameters=count,
-        forward_flops=float(counter.get_total_flops()),
+        forward_flops=flops,
         weight_bytes=count * _FP32,
         gradient_bytes=count * _FP32,
         optimizer_bytes=(2 * (count - by_muon) + by_muon) * _FP32,

@@ -1,4 +1,9 @@
-"""``dalle-mini bench train``: training steps of the transformer, beside peers and the machine's matmul rate."""
+"""``dalle-mini bench train``: training steps of the transformer, beside peers and the machine's matmul rate.
+
+A step's share of that rate (MFU) is of the model's operations by the convention of `flops`: attention over the whole
+square of tokens, the backward pass as two forward passes, neither the optimiser's own products nor scores that a kernel
+computes again. Beside it stands the share without the half of attention that the causal mask hides.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_mini_impl.bench.machine import Machine, synchronize
 from dalle_mini_impl.bench.peers import Shape, build_dalle_pytorch, can_import
 from dalle_mini_impl.bench.sample import build
 from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.estimate import BACKWARD_FACTOR
+from dalle_mini_impl.flops import count_flops, hidden_flops
 from dalle_mini_impl.training.optim import build_optimizers
 from dalle_mini_impl.training.task import autocast, autocast_dtype
 
@@ -33,7 +38,7 @@ _ROUND_SEC = 4.0
 @dataclass(frozen=True)
 class TrainResult:
     """One contestant. seconds: of a step, the median. shares: of its time by phase. mfu: share of the matmul rate in
-    the type that all compute in.
+    the type that all compute in, None for peers. mfu_causal: the same without what the causal mask hides.
 
     peak_bytes: most memory that the device, or on a CPU the process, has held up to the contestant's end.
     """
@@ -44,6 +49,7 @@ class TrainResult:
     tokens_per_sec: float
     shares: dict[str, float]
     mfu: float | None
+    mfu_causal: float | None
     peak_bytes: int
 
 
@@ -51,12 +57,14 @@ class TrainResult:
 class Contestant:
     """A model with what it does to text ids (B, T) and image ids (B, N), and the optimisers of its weights.
 
-    flops: of a forward pass over one picture; None where they aren't counted.
+    flops: of a forward pass over one picture; None where they aren't counted. hidden: those of them that attention
+    spends on what the causal mask hides.
     """
 
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizers: list[Optimizer]
     flops: float | None = None
+    hidden: float = 0.0
 
 
 def run(shape: Shape, machine: Machine, device: torch.device, batch: int) -> Iterator[TrainResult]:
@@ -129,10 +137,11 @@ def _result(
     whole = sum(totals)
     shares = {phase: sum(step[index] for step in times) / whole for index, phase in enumerate(PHASES)}
     tokens = batch * (shape.text_length + shape.num_image_tokens)
-    mfu = None
+    mfu = mfu_causal = None
     if contestant.flops is not None:
-        mfu = (1 + BACKWARD_FACTOR) * contestant.flops * batch / seconds / matmul_rate
-    return TrainResult(name, batch, seconds, tokens / seconds, shares, mfu, peak_bytes)
+        in_a_step = (1 + BACKWARD_FACTOR) * batch / seconds / matmul_rate
+        mfu, mfu_causal = in_a_step * contestant.flops, in_a_step * (contestant.flops - contestant.hidden)
+    return TrainResult(name, batch, seconds, tokens / seconds, shares, mfu, mfu_causal, peak_bytes)
 
 
 def _ours(shape: Shape, device: torch.device, optimizer: str, *, is_compiled: bool) -> Contestant:
@@ -145,16 +154,16 @@ def _ours(shape: Shape, device: torch.device, optimizer: str, *, is_compiled: bo
         losses = dalle.loss(text, image)
         return losses.total(0.125, losses.num_text, losses.num_image)
 
-    return Contestant(loss, build_optimizers(dalle, config), _flops(loss, shape, device))
+    hidden = hidden_flops(dalle.stream.num_inputs, shape.dim, shape.layers)
+    return Contestant(loss, build_optimizers(dalle, config), _flops(loss, shape, device), hidden)
 
 
 def _flops(loss: Callable[[Tensor, Tensor], Tensor], shape: Shape, device: torch.device) -> float:
     """Operations of a forward pass over one picture."""
     text = torch.full((1, shape.text_length), 10, device=device)
     image = torch.zeros((1, shape.num_image_tokens), dtype=torch.long, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        loss(text, image)
-    return float(counter.get_total_flops())
+    with torch.no_grad():
+        return count_flops(lambda: loss(text, image))
 
 
 class _Plain(nn.Module):

@@ -39,7 +39,8 @@ def bench(
 
     Let nothing else run meanwhile. sample gives image tokens per second and, for ours, the share of the roofline: the
     least time that the operations and the bytes of each step can take at the measured rates. train gives tokens of
-    the whole stream per second, where the time of a step goes, and ours as a share of the measured matmul rate.
+    the whole stream per second, where the time of a step goes, and ours as a share of the measured matmul rate: with
+    attention counted over the whole square of tokens, as is usual, and over its causal half.
     """
     from dalle_mini_impl.bench.machine import measure_machine
     from dalle_mini_impl.bench.peers import Shape
@@ -61,13 +62,14 @@ def _bench_train(shape: Shape, machine: Machine, device: torch.device, sizes: li
 
     kind = compute_type(device)
     typer.echo(f"all compute in {kind}, as training does here")
+    typer.echo("of the matmul rate: attention over the whole square of tokens, in brackets over its causal half")
     facts = []
     for batch in sizes:
         results = []
         for result in run(shape, machine, device, batch):
             results.append(result)
             phases = ", ".join(f"{name} {share:.0%}" for name, share in result.shares.items())
-            mfu = "" if result.mfu is None else f"  {result.mfu:.0%} of the matmul rate"
+            mfu = "" if result.mfu is None else f"  {result.mfu:.0%} ({result.mfu_causal:.0%}) of the matmul rate"
             typer.echo(
                 f"{result.name:<36} batch {batch:>3}: {result.tokens_per_sec:>8.0f} tokens/s{mfu}  "
                 f"({phases}; peak {result.peak_bytes / 1e9:.1f} GB)"

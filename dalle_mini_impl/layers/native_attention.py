@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dalle_mini_impl.compiled import library
 
@@ -171,6 +173,20 @@ def _differentiate(ctx, gradient, _):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.dalle_mini_impl.attend)
+def _forward_flops(qkv: torch.Size, *_: Any, **__: Any) -> int:
+    """Two products of every token with every other, as PyTorch counts its own attention (see `flops`)."""
+    batch, length, width = qkv
+    return 4 * batch * length**2 * (width // 3)
+
+
+@register_flop_formula(torch.ops.dalle_mini_impl.attend_backward)
+def _backward_flops(_gradient: torch.Size, qkv: torch.Size, *_: Any, **__: Any) -> int:
+    """Five such products: scores are computed again."""
+    batch, length, width = qkv
+    return 10 * batch * length**2 * (width // 3)
 
 
 def _run(name: str, tensors: list[Tensor | None], qkv: Tensor, heads: int, is_causal: bool) -> None:
