@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle_mini_impl.bench import batches, sample, train
 from dalle_mini_impl.bench import machine as machine_module
-from dalle_mini_impl.bench import sample, train
 from dalle_mini_impl.bench.machine import Machine
+from dalle_mini_impl.bench.peak import peak_bytes_alone
 from dalle_mini_impl.bench.peers import Shape
 from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.stream import BOS, PAD
 from dalle_mini_impl.training import task
 
-TINY = Shape(dim=16, layers=2, heads=2, text_length=4, grid_size=3, text_vocab=40, image_vocab=20)
+TINY = Shape(dim=16, layers=2, heads=2, text_length=4, grid_size=3, text_vocab=300, image_vocab=20)
 MACHINE = Machine("a slide rule", 1, {"bfloat16": 200.0, "float32": 100.0}, read_rate=50.0)
 
 
@@ -71,6 +73,7 @@ def test_training_steps_are_measured_beside_a_plain_transformer(
     monkeypatch.setattr(machine_module, "_MATMUL_SIDE", 64)
     monkeypatch.setattr(machine_module, "_READ_BYTES", 2**16)
     monkeypatch.setattr(train, "_ROUND_SEC", 0.0)
+    monkeypatch.setattr(train, "peak_bytes_alone", lambda device, work, name, *_: len(name))
     monkeypatch.setattr(DALLE, "compile_blocks", lambda self: None)
     options = ["--batches", "2", "--dim", "16", "--layers", "1", "--heads", "2", "--grid", "2"]
     with pytest.raises(SystemExit) as stopped:
@@ -80,7 +83,8 @@ def test_training_steps_are_measured_beside_a_plain_transformer(
     results = {result["name"]: result for result in facts["results"]}
     ours, plain = results["ours, AdamW"], results["torch.nn.TransformerEncoder, AdamW"]
     assert ours["tokens_per_sec"] == pytest.approx(2 * (32 + 4) / ours["seconds"])
-    assert ours["mfu"] > 0 and plain["mfu"] is None
+    assert ours["mfu"] > ours["mfu_causal"] > 0 and plain["mfu"] is plain["mfu_causal"] is None
+    assert all(result["peak_bytes"] == len(name) for name, result in results.items())
     assert sum(ours["shares"].values()) == pytest.approx(1.0) and set(ours["shares"]) == set(train.PHASES)
     best = max(result["tokens_per_sec"] for name, result in results.items() if name.startswith("ours"))
     assert facts["ratios"][plain["name"]] == pytest.approx(best / plain["tokens_per_sec"])
@@ -89,6 +93,7 @@ def test_training_steps_are_measured_beside_a_plain_transformer(
 
 def test_shares_of_the_matmul_rate_are_of_the_type_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "_ROUND_SEC", 0.0)
+    monkeypatch.setattr(train, "peak_bytes_alone", lambda *_: 0)
     monkeypatch.setattr(DALLE, "compile_blocks", lambda self: None)
     device = torch.device("cpu")
     for is_native, kind in ((False, "float32"), (True, "bfloat16")):
@@ -97,6 +102,27 @@ def test_shares_of_the_matmul_rate_are_of_the_type_that_computes(monkeypatch: py
         slow = Machine("", 1, {"float32": 1e30, "bfloat16": 1e30, kind: 1.0}, read_rate=1.0)
         results = {result.name: result for result in train.run(TINY, slow, device, 2)}
         assert results["ours, AdamW"].mfu is not None and results["ours, AdamW"].mfu > 1.0
+
+
+def test_batches_are_training_s_own() -> None:
+    given = batches.prefetched(TINY, 5, torch.device("cpu"))
+    first, second = next(given), next(given)
+    given.close()
+    assert first.keys() == {"text", "ids", "inputs", "view", "reads"}
+    for batch in (first, second):
+        assert batch["text"].shape == (5, 4) and batch["ids"].shape == (5, 9)
+        assert int(batch["ids"].min()) >= 0 and int(batch["ids"].max()) < TINY.image_vocab
+        assert int(batch["text"].max()) < TINY.text_vocab and not (batch["text"][:, 0] == PAD).any()
+    assert (first["text"] == BOS).any() and not torch.equal(first["ids"], second["ids"])
+
+
+def test_memory_is_of_a_process_of_its_own() -> None:
+    here = torch.ones(2**28)  # 1 GiB
+    nothing, block = (peak_bytes_alone(torch.device("cpu"), torch.ones, size) for size in (1, 2**26))
+    assert nothing < here.nbytes, "what this process holds isn't counted"
+    assert block - nothing == pytest.approx(2**28, rel=0.2)
+    steps = peak_bytes_alone(torch.device("cpu"), train._few_steps, "ours, AdamW", TINY, torch.device("cpu"), 2)
+    assert nothing < steps < here.nbytes
 
 
 def test_the_plain_transformer_reads_every_token_but_the_last() -> None:

@@ -3,15 +3,18 @@
 A step's share of that rate (MFU) is of the model's operations by the convention of `flops`: attention over the whole
 square of tokens, the backward pass as two forward passes, neither the optimiser's own products nor scores that a kernel
 computes again. Beside it stands the share without the half of attention that the causal mask hides.
+
+Of a step's time, "data" is what it waits for the batch, which a thread makes meanwhile as in training, and for its way
+to the device.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dalle_mini_impl.bench.batches import prefetched
 from dalle_mini_impl.bench.machine import Machine, synchronize
+from dalle_mini_impl.bench.peak import peak_bytes_alone
 from dalle_mini_impl.bench.peers import Shape, build_dalle_pytorch, can_import
 from dalle_mini_impl.bench.sample import build
 from dalle_mini_impl.config import StageConfig
 from dalle_mini_impl.estimate import BACKWARD_FACTOR
 from dalle_mini_impl.flops import count_flops, hidden_flops
+from dalle_mini_impl.training.batches import Batch
 from dalle_mini_impl.training.optim import build_optimizers
 from dalle_mini_impl.training.task import autocast, autocast_dtype
 
@@ -40,7 +46,7 @@ class TrainResult:
     """One contestant. seconds: of a step, the median. shares: of its time by phase. mfu: share of the matmul rate in
     the type that all compute in, None for peers. mfu_causal: the same without what the causal mask hides.
 
-    peak_bytes: most memory that the device, or on a CPU the process, has held up to the contestant's end.
+    peak_bytes: most memory that it takes in a process of its own, see `peak_bytes_alone`.
     """
 
     name: str
@@ -67,30 +73,56 @@ class Contestant:
     hidden: float = 0.0
 
 
+Builder = Callable[[Shape, torch.device], Contestant]
+
+
 def run(shape: Shape, machine: Machine, device: torch.device, batch: int) -> Iterator[TrainResult]:
-    """Measures every contestant, in turns of a few seconds each; yields one result for each."""
-    contestants = {
-        "ours, Muon": _ours(shape, device, "muon", is_compiled=False),
-        "ours, AdamW": _ours(shape, device, "adamw", is_compiled=False),
-        "ours, Muon, compiled": _ours(shape, device, "muon", is_compiled=True),
-        "torch.nn.TransformerEncoder, AdamW": _plain(shape, device),
+    """Measures every contestant: its memory by itself, its speed in turns of a few seconds; a result for each."""
+    builders = contestants()
+    peaks = {name: peak_bytes_alone(device, _few_steps, name, shape, device, batch) for name in builders}
+    built = {name: build(shape, device) for name, build in builders.items()}
+    times = _timed(built, shape, device, batch)
+    rate = machine.flops[compute_type(device)]
+    for name, contestant in built.items():
+        yield _result(name, contestant, shape, rate, batch, times[name], peaks[name])
+
+
+def contestants() -> dict[str, Builder]:
+    """What builds each of them, by name; peers where they are installed."""
+    found: dict[str, Builder] = {
+        "ours, Muon": partial(_ours, optimizer="muon", is_compiled=False),
+        "ours, AdamW": partial(_ours, optimizer="adamw", is_compiled=False),
+        "ours, Muon, compiled": partial(_ours, optimizer="muon", is_compiled=True),
+        "torch.nn.TransformerEncoder, AdamW": _plain,
     }
     if can_import("dalle_pytorch"):
-        contestants["DALLE-pytorch, AdamW"] = _dalle_pytorch(shape, device)
-    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in contestants}
-    peaks: dict[str, int] = {}
-    for name, contestant in contestants.items():
+        found["DALLE-pytorch, AdamW"] = _dalle_pytorch
+    return found
+
+
+def _few_steps(name: str, shape: Shape, device: torch.device, batch: int) -> None:
+    """A contestant's first steps, which take as much memory as all later ones."""
+    contestant = contestants()[name](shape, device)
+    with contextlib.closing(prefetched(shape, batch, device)) as batches:
         for _ in range(_WARM_UP_STEPS):
-            _step(contestant, shape, device, batch)
-        peaks[name] = _peak_bytes(device)
-    for _ in range(_ROUNDS):
-        for name, contestant in contestants.items():
-            began = time.perf_counter()
-            while time.perf_counter() - began < _ROUND_SEC or not times[name]:
-                times[name].append(_step(contestant, shape, device, batch))
-    rate = machine.flops[compute_type(device)]
-    for name, contestant in contestants.items():
-        yield _result(name, contestant, shape, rate, batch, times[name], peaks[name])
+            _step(contestant, batches, device)
+
+
+def _timed(
+    built: Mapping[str, Contestant], shape: Shape, device: torch.device, batch: int
+) -> dict[str, list[tuple[float, ...]]]:
+    """Seconds by phase of each contestant's steps, in rounds in which all of them take turns."""
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in built}
+    with contextlib.closing(prefetched(shape, batch, device)) as batches:
+        for contestant in built.values():
+            for _ in range(_WARM_UP_STEPS):
+                _step(contestant, batches, device)
+        for _ in range(_ROUNDS):
+            for name, contestant in built.items():
+                began = time.perf_counter()
+                while time.perf_counter() - began < _ROUND_SEC or not times[name]:
+                    times[name].append(_step(contestant, batches, device))
+    return times
 
 
 def compute_type(device: torch.device) -> str:
@@ -98,19 +130,18 @@ def compute_type(device: torch.device) -> str:
     return str(autocast_dtype("auto", device) or torch.float32).removeprefix("torch.")
 
 
-def _step(contestant: Contestant, shape: Shape, device: torch.device, batch: int) -> tuple[float, ...]:
-    """One training step; seconds of each phase."""
+def _step(contestant: Contestant, batches: Iterator[Batch], device: torch.device) -> tuple[float, ...]:
+    """One training step on the next batch; seconds of each phase."""
     marks = [time.perf_counter()]
 
     def mark() -> None:
         synchronize(device)
         marks.append(time.perf_counter())
 
-    text = torch.randint(10, shape.text_vocab, (batch, shape.text_length)).to(device)
-    image = torch.randint(shape.image_vocab, (batch, shape.num_image_tokens)).to(device)
+    batch = next(batches)
     mark()
     with autocast(device, autocast_dtype("auto", device)):
-        loss = contestant.loss(text, image)
+        loss = contestant.loss(batch["text"], batch["ids"])
     mark()
     loss.backward()  # type: ignore[no-untyped-call]
     mark()
@@ -204,13 +235,6 @@ def _dalle_pytorch(shape: Shape, device: torch.device) -> Contestant:
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     return Contestant(loss, [torch.optim.AdamW(parameters, lr=1e-3, fused=True)])
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def as_json(shape: Shape, machine: Machine, compute_type: str, results: Sequence[TrainResult]) -> dict[str, Any]:

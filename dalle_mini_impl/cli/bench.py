@@ -40,7 +40,8 @@ def bench(
     Let nothing else run meanwhile. sample gives image tokens per second and, for ours, the share of the roofline: the
     least time that the operations and the bytes of each step can take at the measured rates. train gives tokens of
     the whole stream per second, where the time of a step goes, and ours as a share of the measured matmul rate: with
-    attention counted over the whole square of tokens, as is usual, and over its causal half.
+    attention counted over the whole square of tokens, as is usual, and over its causal half. Each contestant's memory
+    is the most that a process of its own takes; data is the time that a step waits for its batch.
     """
     from dalle_mini_impl.bench.machine import measure_machine
     from dalle_mini_impl.bench.peers import Shape
@@ -72,7 +73,7 @@ def _bench_train(shape: Shape, machine: Machine, device: torch.device, sizes: li
             mfu = "" if result.mfu is None else f"  {result.mfu:.0%} ({result.mfu_causal:.0%}) of the matmul rate"
             typer.echo(
                 f"{result.name:<36} batch {batch:>3}: {result.tokens_per_sec:>8.0f} tokens/s{mfu}  "
-                f"({phases}; peak {result.peak_bytes / 1e9:.1f} GB)"
+                f"({phases}; {result.peak_bytes / 1e9:.1f} GB by itself)"
             )
         facts.append(as_json(shape, machine, kind, results))
         for name, ratio in facts[-1]["ratios"].items():
