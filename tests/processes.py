@@ -217,6 +217,7 @@ _PLACES: dict[str, Callable[[Callable[[], None]], None]] = {
     "pictures": lambda come_by: _before(task_builder, "prepare", come_by),
     "stop-in-pictures": lambda come_by: _before(task_builder, "prepare", come_by),
     "encoding": lambda come_by: _before(task_builder.TokenCache, "build", come_by),
+    "embedding": lambda come_by: _before(task_builder.EmbeddingCache, "build", come_by),
     "stop-in-encoding": lambda come_by: _before(task_builder.TokenCache, "build", come_by),
     "stop-in-evaluation": lambda come_by: _before(loop.StageTrainer, "_evaluate", come_by),
     "checkpoint": lambda come_by: _before(run, "save_bundle", come_by),

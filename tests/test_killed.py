@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from dalle_mini_impl.config import Recipe
-from dalle_mini_impl.training.stages import ORDER
+from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.training.checkpoint import StateFolder
 from tests.processes import steps_done, train_in_processes
 from tests.tiny import tiny_recipe
 
@@ -21,7 +23,7 @@ KILLED, STOPPED, INTERRUPTED = -9, 3, 4
 def recipe(*overrides: str) -> Recipe:
     """Four steps a stage, an evaluation after every second one; vq starts to quantize at once."""
     settings = ["steps=4", "batch_size=8", "evaluations=2", "warmup_steps=2", "precision=fp32"]
-    stages = [f"train.{stage}.{setting}" for stage in ORDER for setting in settings]
+    stages = [f"train.{stage}.{setting}" for stage in get_args(Stage) for setting in settings]
     return tiny_recipe(
         'data.views=["plain", "flip"]',
         "vae.quantize_after=0",
@@ -32,21 +34,30 @@ def recipe(*overrides: str) -> Recipe:
     )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process trains in one go."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert train_in_processes(recipe(), DATA, out) == [0]
+    return out
+
+
 def facts(out: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
-    """All lines of metrics.jsonl but for what the machine's speed decides, and all weights."""
+    """All lines of metrics.jsonl but for what the machine's speed decides, and the weights of all models."""
     timed = {"time_sec", "tokens_per_sec", "pictures_per_sec"}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key not in timed} for line in lines]
-    return metrics, {stage: load_file(out / "checkpoint" / f"{stage}.safetensors") for stage in ORDER}
+    return metrics, {path.stem: load_file(path) for path in (out / "checkpoint").glob("*.safetensors")}
 
 
 def assert_same(out: Path, other: Path) -> None:
     (metrics, weights), (expected_metrics, expected) = facts(out), facts(other)
     assert metrics == expected_metrics
-    for stage in ORDER:
-        assert weights[stage].keys() == expected[stage].keys()
-        for name, tensor in weights[stage].items():
-            assert torch.equal(tensor, expected[stage][name]), f"{stage}: {name}"
+    assert weights.keys() == expected.keys()
+    for model, tensors in weights.items():
+        assert tensors.keys() == expected[model].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[model][name]), f"{model}: {name}"
 
 
 POINTS = (
@@ -56,9 +67,8 @@ POINTS = (
 """Each kill comes after the start that follows the one before; together they go through all stages."""
 
 
-def test_killed_anywhere_a_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert train_in_processes(recipe(), DATA, whole) == [0]
+def test_killed_anywhere_a_run_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
     for number, point in enumerate(POINTS):
         assert train_in_processes(recipe(), DATA, killed, {0: point}) == [KILLED], (number, point)
     assert train_in_processes(recipe(), DATA, killed) == [0]
@@ -83,6 +93,49 @@ def test_two_processes_killed_anywhere_go_on_to_the_same_bits(tmp_path: Path) ->
     assert_same(killed, whole)
 
 
+LATER: tuple[Stage, ...] = ("prior", "dalle", "distill", "vqgan", "upscale")
+"""The stages that a recipe has to ask for, and a DALL·E that reads picture embeddings, as a prior needs it."""
+
+KILLS: dict[Stage, str] = {
+    "prior": "embedding step:2 finish",
+    "dalle": "optimizer:3 finish",
+    "distill": "step:2 index:1 finish",
+    "vqgan": "optimizer:3 finish",
+    "upscale": "pictures:2 state:3",
+}
+"""Where each stage is killed; after a `finish` the checkpoint holds another DALL·E or VAE than the stage began with."""
+WRITING = ("state", "index", "checkpoint", "finish")
+"""Places that process 0 alone comes by; elsewhere the last process is the one to be killed."""
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_later_stages_killed_anywhere_go_on_to_the_same_bits(world_size: int, whole: Path, tmp_path: Path) -> None:
+    later = recipe(
+        "dalle.image_prefix=2",
+        "dalle.reading_share=0.25",
+        "vqgan.alone_steps=1",
+        "vqgan.ramp_steps=2",
+        "vqgan.discriminator_width=4",
+        "vqgan.discriminator_layers=1",
+        "upscale.factor=2",
+        "upscale.width=8",
+        "upscale.blocks=1",
+    )
+    expected, killed = (shutil.copytree(whole, tmp_path / name) for name in ("whole", "killed"))
+    for out in (expected, killed):
+        shutil.rmtree(out / "state" / "dalle")  # it is trained anew, with a prefix
+    assert train_in_processes(later, DATA, expected, world_size=world_size, stages=LATER) == [0] * world_size
+    for stage, points in KILLS.items():
+        for point in points.split():
+            rank = 0 if point.startswith(WRITING) else world_size - 1
+            codes = train_in_processes(later, DATA, killed, {rank: point}, world_size=world_size, stages=LATER)
+            assert codes[rank] == KILLED, (stage, point, codes)
+            unfinished = [one for one in LATER if not StateFolder(killed / "state" / one).finished]
+            assert unfinished[0] == stage, (stage, point)
+    assert train_in_processes(later, DATA, killed, world_size=world_size, stages=LATER) == [0] * world_size
+    assert_same(killed, expected)
+
+
 STOPS = {
     "pictures": [("stop-in-pictures", INTERRUPTED), ("stop-in-step:1", STOPPED)],
     "vae": [("stop-in-evaluation:1", STOPPED), ("stop-in-checkpoint:1", STOPPED)],
@@ -91,9 +144,8 @@ STOPS = {
 }
 
 
-def test_told_to_stop_anywhere_a_run_ends_well_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert train_in_processes(recipe(), DATA, whole) == [0]
+def test_told_to_stop_anywhere_a_run_ends_well_and_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
     for place, stops in STOPS.items():
         for point, expected in stops:
             assert train_in_processes(recipe(), DATA, stopped, {0: point}) == [expected], (place, point)
