@@ -333,6 +333,20 @@ def test_resuming_loses_neither_a_step_nor_a_bit_of_either_side(
     assert same(checkpoint(out), checkpoint(finished))
 
 
+def test_resuming_the_full_phase_loses_nothing_of_encoder_and_codes_either(
+    before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = recipe('vqgan.phase="full"', "vqgan.alone_steps=1")
+    whole, resumed = (shutil.copytree(before, tmp_path / name) for name in ("whole", "resumed"))
+    for out in (whole, resumed):
+        shutil.rmtree(out / "state" / "dalle")  # it is to come after
+    assert train(full, DATA, whole, stages=["vqgan"])
+    train_interrupted(monkeypatch, full, resumed, "vqgan", 4, crash)
+    assert train(full, DATA, resumed, stages=["vqgan"], resume=True)
+    assert lines(resumed, "vqgan") == lines(whole, "vqgan")
+    assert same(checkpoint(resumed), checkpoint(whole)) and not same(checkpoint(whole), checkpoint(before))
+
+
 def test_the_discriminators_state_comes_back_whole(before: Path, tmp_path: Path) -> None:
     task = warmed_up()
     path = StateFolder(tmp_path)
