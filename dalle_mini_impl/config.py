@@ -387,8 +387,8 @@ class StageConfig(Section):
     """Of matrices that AdamW trains, and of Muon's where muon_timescale is 0; a step takes it times the rate."""
     muon_timescale: Annotated[float, Field(ge=0)] = 0.0
     """Share of the run in which weight decay makes Muon's matrices e times smaller at the peak rate: their decay is
-    1 / (timescale × peak rate × steps), whatever the rate and the run's length. 0, and where trained weights are trained
-    further: they decay as AdamW's do."""
+    1 / (timescale × peak rate × steps), whatever the rate and the run's length. 0, and where trained weights are
+    trained further: they decay as AdamW's do."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
     decay_share: Share = 0.5
     """Share of the run over which the learning rate falls linearly to final_lr_share."""
