@@ -71,6 +71,24 @@ def test_pictures_keep_their_order_pixels_and_captions(noise: Noise, tmp_path: P
     assert torch.equal(data.images(torch.tensor([5, 3])), data.images(np.array([5, 3])))
 
 
+def test_the_number_of_threads_that_read_pictures_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Uneven(Noise):
+        def draw(self, index: int) -> Image.Image:
+            time.sleep(0.002 * (index % 3 == 0))  # later pictures overtake it
+            return super().draw(index)
+
+    monkeypatch.setattr(module, "open_source", lambda spec, config: Uneven(20))
+    made = []
+    for count in (1, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        made.append(prepare("x", CONFIG, tmp_path / str(count)))
+    one, five = made
+    assert (one.names, one.captions, one.fingerprint) == (five.names, five.captions, five.fingerprint)
+    assert np.array_equal(one.pictures, five.pictures) and np.array_equal(one.train, five.train)
+
+
 def test_progress_counts_every_record(noise: Noise, tmp_path: Path) -> None:
     calls: list[tuple[int, int | None]] = []
     prepare("noise", CONFIG, tmp_path / "data", progress=lambda done, total: calls.append((done, total)))
