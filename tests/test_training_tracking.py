@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,17 @@ class Recorder(GeneralTracker):
         self.calls.append("finish")
 
 
+def assert_all_lines(metrics: list[tuple[int, dict[str, float]]], out: Path) -> None:
+    """What a tracker was told are the numbers of metrics.jsonl, at the run's steps."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == len(lines)
+    for line, (step, values) in zip(lines, metrics, strict=True):
+        stage, part = line["stage"], "validation" if line.get("evaluation") else "train"
+        assert step == 4 * ORDER.index(stage) + line["step"]
+        expected = {f"{stage}/{part}/{k}": v for k, v in line.items() if k not in ("stage", "step", "evaluation")}
+        assert values == expected | {f"{stage}/step": line["step"]}
+
+
 def test_a_tracker_gets_every_number_and_every_sheet(tmp_path: Path) -> None:
     recorder, out = Recorder(), tmp_path / "mine"
     accelerator = Accelerator(cpu=True, log_with=[recorder])
@@ -72,13 +85,7 @@ def test_a_tracker_gets_every_number_and_every_sheet(tmp_path: Path) -> None:
     accelerator.end_training()
     assert recorder.calls == ["start", "finish"]
     assert recorder.config["dalle.dim"] == 32 and recorder.config["data.views"] == "['plain']"
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(recorder.metrics) == len(lines)
-    for line, (step, values) in zip(lines, recorder.metrics, strict=True):
-        stage, part = line["stage"], "validation" if line.get("evaluation") else "train"
-        assert step == 4 * ORDER.index(stage) + line["step"]
-        expected = {f"{stage}/{part}/{k}": v for k, v in line.items() if k not in ("stage", "step", "evaluation")}
-        assert values == expected | {f"{stage}/step": line["step"]}
+    assert_all_lines(recorder.metrics, out)
     steps = [step for step, _ in recorder.metrics]
     assert steps == sorted(steps) and steps[-1] == 12
     assert {"clip/validation/loss_chance", "dalle/train/tokens_per_sec", "vae/validation/psnr"} <= {
@@ -92,6 +99,58 @@ def test_a_tracker_gets_every_number_and_every_sheet(tmp_path: Path) -> None:
     ]
     with Image.open(out / "samples" / "dalle-000004.png") as sheet:
         assert recorder.pictures[-1][2] == sheet.size
+
+
+class Service(ModuleType):
+    """As much of the packages wandb and trackio as Accelerate's trackers and ours use; remembers what it is told.
+
+    A run that is started anew begins with an empty configuration, as trackio's do.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None, origin="made by a test")
+        self.runs: list[dict[str, Any]] = []
+        self.configs: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+
+    def init(self, **settings: Any) -> Service:
+        self.runs.append(settings)
+        self.configs.append({})
+        self.config = SimpleNamespace(update=lambda values, allow_val_change: self.configs[-1].update(values))
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    @staticmethod
+    def Image(picture: str | Image.Image) -> tuple[int, int]:
+        """wandb's takes a picture, trackio's a path; here the size is enough."""
+        if isinstance(picture, str):
+            with Image.open(picture) as opened:
+                return opened.size
+        return picture.size
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_services_get_the_recipe_and_every_number_and_sheet_at_each_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    service, out = Service(name), tmp_path / "mine"
+    monkeypatch.setitem(sys.modules, name, service)
+    for stages in (["vae", "clip"], ["dalle"]):
+        assert train(recipe(), DATA, out, stages=stages, track=[name])  # type: ignore[arg-type]
+    identity = json.loads((out / "run.json").read_text())["tracking_id"]
+    known = {"name": "mine", "id": identity, "dir": str(out)} if name == "wandb" else {"name": f"mine-{identity}"}
+    assert service.runs == [{"project": "dalle-mini", "resume": "allow", **known}] * 2, "one run, started twice"
+    assert service.configs == [tracking.flatten(recipe().model_dump(mode="json"))] * 2
+    metrics = [(step, values) for step, values in service.logged if not any("sheet" in key for key in values)]
+    assert_all_lines(metrics, out)
+    sheets = {step: values for step, values in service.logged if any("sheet" in key for key in values)}
+    for step, path in ((4, "vae-000004.png"), (12, "dalle-000004.png")):
+        with Image.open(out / "samples" / path) as sheet:
+            assert list(sheets[step].values()) == ([[sheet.size]] if name == "wandb" else [sheet.size])
+    assert sheets.keys() == {2, 4, 10, 12}
 
 
 def test_tensorboard_reads_back_what_a_killed_and_resumed_run_logged(

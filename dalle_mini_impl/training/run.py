@@ -168,7 +168,7 @@ class Run:
             first_step = self._steps_before(stage) + self.states[stage].step
             self.accelerator.log_with += build_trackers(names, self.out, self._tracking_id, first_step)
         if self.accelerator.log_with:
-            self.tracking.start(None if known else self.recipe.model_dump(mode="json"))
+            self.tracking.start(self.recipe.model_dump(mode="json"), is_known=known is not None)
 
     def _steps_before(self, stage: Stage) -> int:
         """Steps of the run that came before a stage's first: those of the other stages that are finished."""

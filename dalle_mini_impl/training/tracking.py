@@ -19,6 +19,8 @@ TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
 PROJECT = "dalle-mini"
 """Project that a run belongs to, where the tracker has projects."""
 _NOT_METRICS = frozenset({"stage", "step", "evaluation"})
+_TOLD_AGAIN = frozenset({"wandb", "trackio"})
+"""Trackers that are told a resumed run's recipe again: trackio forgets it; TensorBoard would make two runs of it."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -68,13 +70,17 @@ class Tracking:
         self.accelerator = accelerator
         self.offset = 0
 
-    def start(self, recipe: Mapping[str, Any] | None) -> None:
-        """Starts the trackers, on the main process; recipe: what to note of the run, None if they know it already.
+    def start(self, recipe: Mapping[str, Any], is_known: bool) -> None:
+        """Starts the trackers, on the main process; recipe: what to note of the run; is_known: it has been noted.
 
         Raises ValueError with a tracker's own words where it doesn't start, for example without a login.
         """
+        values = flatten(recipe)
         try:
-            self.accelerator.init_trackers(PROJECT, None if recipe is None else flatten(recipe))
+            self.accelerator.init_trackers(PROJECT, None if is_known else values)
+            for tracker in self.accelerator.trackers:
+                if is_known and tracker.name in _TOLD_AGAIN:
+                    tracker.store_init_configuration(values)
         except Exception as error:  # each library has errors of its own
             self.accelerator.trackers.clear()
             names = ", ".join(str(tracker.name) for tracker in self.accelerator.log_with)
