@@ -1,12 +1,14 @@
 """What both processes of `test_scale.py` run: ``accelerate launch tests/two_processes.py FOLDER RECIPE.json DATA``.
 
 FOLDER/whole is trained in one go; FOLDER/stopped breaks off in its last stage and goes on (what it had saved by then is
-kept in FOLDER/saved). FOLDER/budget has a time instead of a number of steps.
+kept in FOLDER/saved). FOLDER/budget has a time instead of a number of steps; in FOLDER/skipped one process has a step
+whose loss isn't a number.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -22,12 +24,15 @@ from torch.distributed.tensor import DTensor
 
 from dalle_mini_impl.cli.processes import leaving_together
 from dalle_mini_impl.config import Recipe
-from dalle_mini_impl.training import loop
+from dalle_mini_impl.data.prepare import PreparedData
+from dalle_mini_impl.training import evaluation, loop
+from dalle_mini_impl.training.batches import Indices
 from dalle_mini_impl.training.dtensors import local, part_like, whole
 from dalle_mini_impl.training.muon import Muon
 from dalle_mini_impl.training.optim import clip_gradients
 from dalle_mini_impl.training.processes import make_accelerator
 from dalle_mini_impl.training.run import train
+from dalle_mini_impl.training.task import LossModule
 
 SHAPES = [(5, 18), (18, 5), (1, 6), (5, 18), (3, 2, 3, 3), (3, 18)]
 """Rows that two processes can't share evenly, one that only one of them has, and a kernel beside a matrix."""
@@ -39,10 +44,59 @@ def main(folder: Path, recipe: Recipe, data: str) -> None:
     check_muon()
     with pytest.raises(ValueError, match="is not the same folder on all machines"):
         train(recipe, data, folder / f"apart{accelerator.process_index}", accelerator=accelerator)
-    assert train(recipe, data, folder / "whole", accelerator=accelerator)
+    check_shares(folder, recipe, data, accelerator)
     break_off(folder, recipe, data, accelerator)
     assert train(recipe, data, folder / "stopped", accelerator=accelerator, stages=["dalle"], resume=True)
     check_budget(folder, recipe, data, accelerator)
+    check_skip(folder, recipe, data, accelerator)
+
+
+def check_shares(folder: Path, recipe: Recipe, data: str, accelerator: Accelerator) -> None:
+    """Trains the whole run; each process evaluates half of the pictures, not all of them to the same numbers."""
+    evaluated: list[list[int]] = []
+    original = evaluation.chunks
+
+    def chunks(indices: Indices) -> Any:
+        evaluated.append(indices.tolist())
+        return original(indices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "chunks", chunks)
+        assert train(recipe, data, folder / "whole", accelerator=accelerator)
+    ours, theirs = gather_object([evaluated])
+    assert len(ours) == len(theirs) >= 2 * 4, "two evaluations of each stage, the transformer's of two sets"
+    for one, two in zip(ours, theirs, strict=True):
+        assert not set(one) & set(two) and len(one) - len(two) in (0, 1), (one, two)
+    held_out = evaluation.held_out(PreparedData.open(folder / "whole" / "data"))
+    assert sorted([*ours[0], *theirs[0]]) == held_out.tolist()
+
+
+def check_skip(folder: Path, recipe: Recipe, data: str, accelerator: Accelerator) -> None:
+    """One process's loss isn't a number, though all gradients are: none takes the step, and its pictures are named."""
+    forward, one_step = LossModule.forward, loop.StageTrainer._one_step
+    steps: list[tuple[int, bool]] = []
+
+    def poisoned(self: LossModule, *arguments: Any, **options: Any) -> Any:
+        result = forward(self, *arguments, **options)
+        is_now = len(steps) == 2 and accelerator.process_index == 1 and not options
+        return (result[0] + math.nan, result[1]) if is_now else result
+
+    def step(self: loop.StageTrainer, prefetcher: Any) -> None:
+        before = [local(p).clone() for p in self.task.model.parameters()]
+        one_step(self, prefetcher)
+        after = [local(p) for p in self.task.model.parameters()]
+        moved = any(not torch.equal(one, two) for one, two in zip(before, after, strict=True))
+        steps.append((self.skipped, moved))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LossModule, "forward", poisoned)
+        patch.setattr(loop.StageTrainer, "_one_step", step)
+        assert train(recipe, data, folder / "skipped", stages=["vae"], accelerator=accelerator)
+    ours, theirs = gather_object([steps])
+    assert ours == theirs == [(0, True), (0, True), (1, False), *[(1, True)] * (len(ours) - 3)]
+    lines = [json.loads(line) for line in (folder / "skipped" / "metrics.jsonl").read_text().splitlines()]
+    (line,) = (line for line in lines if "skipped" in line)
+    assert line["step"] == 3 and len(set(line["pictures"])) == recipe.train.vae.batch_size, "those of both"
 
 
 def check_budget(folder: Path, recipe: Recipe, data: str, accelerator: Accelerator) -> None:
