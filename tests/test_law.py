@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dalle_mini_impl.bench import law as module
 from dalle_mini_impl.bench.ablate import arm_folder, read_plan
 from dalle_mini_impl.bench.law import FEWEST_RUNS, Law, SizedRun, fit, left_out, num_parameters, read_runs
 from dalle_mini_impl.config import DALLEConfig, Recipe
+from dalle_mini_impl.data.survey import Survey
+from dalle_mini_impl.training.presets import Hardware, choose
 from tests.tiny import tiny_recipe
 
 TRUE = Law(
@@ -24,7 +27,8 @@ TRUE = Law(
     sec_per_mega_token=40.0,
     sec_per_mega_token_and_mega_parameter=60.0,
 )
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 
 
 def _runs(law: Law = TRUE) -> list[SizedRun]:
@@ -119,3 +123,44 @@ def test_the_plan_of_sizes_differs_in_both() -> None:
     assert len(recipes) > FEWEST_RUNS
     assert len({num_parameters(recipe.dalle) for recipe in recipes}) == 4
     assert len({recipe.train.dalle.steps for recipe in recipes}) == 8
+
+
+def _published() -> Law:
+    """The law that docs/experiments.md prints, the source of the presets' sizes."""
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    number = r"([\d.]+)"
+    loss = rf"nats a token = {number} \+ {number} / N\^{number} \+ {number} / D\^{number} for N million"
+    found = re.search(rf"{loss}.* a million tokens take {number} \+ {number} × N seconds of one core", text)
+    assert found is not None
+    return Law(*map(float, found.groups()))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "nats"), [(3, 0.02), (5, 0.001), (15, 0.04), (30, 0.01), (120, 0.01), (480, 0.01), (1000, 0.01)]
+)
+def test_presets_take_sizes_that_the_law_finds_hardly_worse_than_the_best(minutes: int, nats: float) -> None:
+    """Sizes are few, so that between two of them the nearest costs a little; a coarser ladder would cost a lot."""
+    law = _published()
+    for cores in (1, 2):
+        budget_sec = 60.0 * minutes / cores
+        recipe = Recipe.parse(
+            choose(Survey(50_000, True, 500.0, False, None), Hardware("cpu", 1, cores), budget_sec).values
+        )
+        shares = {stage: getattr(recipe.train, stage).budget_share for stage in recipe.train.stages}
+        core_sec = 60.0 * minutes * shares["dalle"] / sum(shares.values())
+        chosen, best = num_parameters(recipe.dalle), law.best_size(core_sec)
+        losses = [law.nll(size, law.tokens_in(size, core_sec)) for size in (chosen, best)]
+        assert losses[0] < losses[1] + nats, f"{chosen:,.0f} parameters instead of {best:,.0f}"
+
+
+def test_the_table_of_best_sizes_is_the_laws() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) (min|h) \| ([\d.]+) M \| (\d+) M \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 4
+    law = _published()
+    for time, unit, size, tokens, nats in rows:
+        core_sec = int(time) * {"min": 60, "h": 3600}[unit]
+        best = law.best_size(core_sec)
+        assert best / 1e6 == pytest.approx(float(size), rel=0.03)
+        assert law.tokens_in(best, core_sec) / 1e6 == pytest.approx(int(tokens), abs=1)
+        assert law.nll(best, law.tokens_in(best, core_sec)) == pytest.approx(float(nats), abs=0.002)
