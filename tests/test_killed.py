@@ -43,8 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def facts(out: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
-    """All lines of metrics.jsonl but for what the machine's speed decides, and the weights of all models."""
-    timed = {"time_sec", "tokens_per_sec", "pictures_per_sec"}
+    """All lines of metrics.jsonl but for what the machine's speed decides, and all weights."""
+    timed = {"time_sec", "tokens_per_sec", "pictures_per_sec", "data_wait_share"}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key not in timed} for line in lines]
     return metrics, {path.stem: load_file(path) for path in (out / "checkpoint").glob("*.safetensors")}

@@ -150,7 +150,10 @@ class StageTrainer:
     def _one_step(self, prefetcher: Prefetcher) -> None:
         """One optimiser step over the global batch."""
         self.clock.step_started()
-        batch = to_device(prefetcher.get(self.step), self.accelerator.device)
+        asked = time.monotonic()
+        batch = prefetcher.get(self.step)
+        self.running.waited_sec += time.monotonic() - asked
+        batch = to_device(batch, self.accelerator.device)
         set_rates(self.optimizers, self.step, self.plan.total_steps, self.config)
         self.task.model.train()
         metrics = self._backward(batch)
@@ -284,7 +287,9 @@ class StageTrainer:
         values = dict(zip(names, reduced.tolist(), strict=True))
         values["grad_norm"] /= world  # the same on every process, while the others are parts of a sum
         now, (then, step) = time.monotonic(), self._last_log
-        rate = (self.step - step) * self.config.batch_size * self.task.units_per_item / max(now - then, 1e-6)
+        passed_sec = max(now - then, 1e-6)
+        rate = (self.step - step) * self.config.batch_size * self.task.units_per_item / passed_sec
+        waits = min(1.0, self.running.waited_sec / passed_sec)
         self._last_log = (now, self.step)
         share = learning_rate_share(self.step - 1, self.plan.total_steps, self.config)
         self.log.write(
@@ -295,13 +300,14 @@ class StageTrainer:
                 **values,
                 "learning_rate": self.config.learning_rate * share,
                 f"{self.task.unit}_per_sec": round(rate, 1),
+                "data_wait_share": round(waits, 4),
                 "skipped_steps": self.skipped,
             }
         )
         total, left_sec = self.plan.total_steps, None
         if total is not None:
             left_sec = (total - self.step) * self.config.batch_size * self.task.units_per_item / max(rate, 1e-6)
-        reporter.numbers(self.step, total, self.task.describe(values), rate, left_sec)
+        reporter.numbers(self.step, total, self.task.describe(values), rate, left_sec, waits)
         self.running = Running({})
 
     def _evaluate(self, reporter: Reporter) -> float:

@@ -28,6 +28,8 @@ logger = logging.getLogger("dalle_mini_impl.training")
 
 LINE_EVERY_SEC = 20.0
 """Seconds between two plain lines where there is no terminal."""
+WORTH_TELLING = 0.05
+"""Share of the time that is spent on waiting for data from which a person is told."""
 
 
 class MetricsLog:
@@ -71,10 +73,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Running:
-    """Sums of metrics since the last line of the log."""
+    """Sums of metrics since the last line of the log, and the seconds that steps have waited for their data."""
 
     sums: dict[str, Tensor]
     steps: int = 0
+    waited_sec: float = 0.0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Adds one step's metrics, without waiting for the device."""
@@ -157,12 +160,15 @@ class Reporter:
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=step, total=total)
 
-    def numbers(self, step: int, total: int | None, text: str, rate: float, left_sec: float | None) -> None:
+    def numbers(
+        self, step: int, total: int | None, text: str, rate: float, left_sec: float | None, data_wait_share: float
+    ) -> None:
         """Shows fresh numbers. text: losses as the task words them. rate: units per second."""
         if not self.enabled:
             return
         left = f", {format_duration(left_sec)} left" if left_sec is not None else ""
-        text = f"{text}, {rate:,.0f} {self.unit}/s{left}"
+        waits = f" ({data_wait_share:.0%} of the time waiting for data)" if data_wait_share >= WORTH_TELLING else ""
+        text = f"{text}, {rate:,.0f} {self.unit}/s{waits}{left}"
         if self._live is not None and self._task is not None:
             self._live.update(self._task, text=text)
         elif time.monotonic() - self._last_line >= LINE_EVERY_SEC:
