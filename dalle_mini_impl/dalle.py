@@ -188,6 +188,7 @@ class DALLE(nn.Module):
         bool, rows whose caption is read from the picture instead; both directions share one pass of the trunk.
         embedding: (B, E), see `forward`; what is read is never shown its own. likeness: (V, V), rows that add up to 1,
         how soft_nll_sum spreads each code's target.
+        text_ids and reads decide what is computed; on the host they do so without waiting for image_ids' device.
         Padding is no target, and a null caption none either: its text is not a caption.
         """
         expected = (text_ids.shape[0], self.stream.num_image_tokens)
@@ -197,10 +198,11 @@ class DALLE(nn.Module):
         parts = []
         groups = self.stream.groups(text_ids)
         for rows, text in groups:
-            own = (None if values is None else values[rows] for values in (view, reads, embedding))
-            parts.append(
-                self._group_loss(len(groups) == 1, text, image_ids[rows], inputs[rows], *own, likeness=likeness)
-            )
+            own_reads = None if reads is None else reads[rows]
+            rows, text = (values.to(image_ids.device, non_blocking=True) for values in (rows, text))
+            own_view, own_embedding = (None if values is None else values[rows] for values in (view, embedding))
+            own = image_ids[rows], inputs[rows], own_view, own_reads, own_embedding
+            parts.append(self._group_loss(len(groups) == 1, text, *own, likeness=likeness))
         return DALLELosses(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
 
     def _group_loss(
@@ -226,6 +228,7 @@ class DALLE(nn.Module):
         else:
             order = torch.argsort(reads.int(), stable=True)  # what is drawn comes first
             num_drawn = len(reads) - int(reads.sum())
+            order = order.to(ids.device, non_blocking=True)
             text, ids, inputs = text[order], ids[order], inputs[order]
             drawn, read = slice(num_drawn), slice(num_drawn, None)
             own = (None if values is None else values[order[drawn]] for values in (view, embedding))
@@ -253,7 +256,7 @@ class DALLE(nn.Module):
             nll_sum(text_logits, targets[:num_drawn], ignore=PAD),
             (targets[:num_drawn] != PAD).sum(),
             nll_sum(image_logits, ids[:num_drawn]),
-            torch.tensor(num_drawn * ids.shape[1], device=ids.device),
+            torch.full((), num_drawn * ids.shape[1], device=ids.device),  # not torch.tensor, which waits for a copy
             nll_sum(read_logits, targets[num_drawn:], ignore=PAD),
             (targets[num_drawn:] != PAD).sum(),
             nothing if look_ahead is None else look_ahead(drawing, self.image_head, ids[:num_drawn]),
@@ -315,7 +318,7 @@ class DALLE(nn.Module):
         """Slots of the prefix and a caption, how many of them are the prefix's, and the slots of a whole picture."""
         text_length, device = self.stream.text_length, self.rope_cos.device
         picture = torch.arange(text_length, text_length + self.stream.num_image_tokens, device=device)
-        return self.stream.prompt_slots(num_slots).to(device), self.stream.image_prefix, picture
+        return self.stream.prompt_slots(num_slots, device), self.stream.image_prefix, picture
 
     def _rope(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, (L, D/2), of the tokens in some slots (L,)."""

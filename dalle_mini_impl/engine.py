@@ -141,7 +141,7 @@ class Engine:
         )
         with torch.autocast(self.device.type, enabled=False):
             x = self.dalle.embed(text_ids, text_ids[:, :0], None, embedding).to(self._input_dtype)
-            slots = self.stream.prompt_slots(num_slots).to(self.device)
+            slots = self.stream.prompt_slots(num_slots, self.device)
             if self._native is not None:
                 assert isinstance(cache, NativeCache)
                 logits = self._native(x, slots, cache, only_last=True)[:, 0]

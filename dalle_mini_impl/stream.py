@@ -67,11 +67,11 @@ class Stream:
         """Most tokens the transformer reads for a picture: P + T + N - 1."""
         return self.image_prefix + self.text_length + self.num_image_tokens - 1
 
-    def prompt_slots(self, num_slots: int) -> Tensor:
+    def prompt_slots(self, num_slots: int, device: torch.device | None = None) -> Tensor:
         """Slots of the prefix and of a caption of t slots, in the order in which they are read, (P + t,) int64."""
         end = self.text_length + self.num_image_tokens
-        prefix = torch.arange(end, end + self.image_prefix)
-        return torch.cat([prefix, torch.arange(self.text_length - num_slots, self.text_length)])
+        prefix = torch.arange(end, end + self.image_prefix, device=device)
+        return torch.cat([prefix, torch.arange(self.text_length - num_slots, self.text_length, device=device)])
 
     def prefix_positions(self) -> Tensor:
         """Positions of the prefix slots, (P,) int64: -P … -1, ahead of the longest caption, however long one is."""

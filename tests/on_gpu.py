@@ -9,6 +9,7 @@ from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.decoding import FixedShapes
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.sampling import Samples, every_row, sample_rows
+from tests.test_no_waits import TASKS, losses, moved
 from tests.tiny import tiny_bundle, tiny_checkpoint
 
 PROMPT = "a red circle"
@@ -36,3 +37,18 @@ def test_a_pipeline_draws_on_the_gpu(tmp_path_factory: pytest.TempPathFactory) -
     folder = tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
     pictures = TextToImage.from_pretrained(folder, "cuda")(PROMPT, candidates=6, keep=2)
     assert [picture.rank for picture in pictures] == [1, 2]
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_loss_waits_for_nothing(name: str, micro_batch_size: int | None) -> None:
+    device = torch.device("cuda")
+    task = moved(TASKS[name](), device)
+    for mode in ("default", "error"):  # what is looked up or allocated only once is there after the first
+        steps = losses(task, device, micro_batch_size)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            values = list(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(value.isfinite() for value in values)

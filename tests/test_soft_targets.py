@@ -56,7 +56,7 @@ def test_the_loss_mixes_hard_and_spread_targets(progress: float) -> None:
     hard = -logits.gather(-1, batch["ids"][..., None]).mean()
     spread = -(task.likeness[batch["ids"]] * logits).sum(dim=-1).mean()
     counts = task.counts(batch)
-    loss, parts = task.loss(task.model, batch, StepContext(counts, progress, torch.Generator()))
+    loss, parts = task.loss(task.model, batch, StepContext(counts, progress, torch.Generator(), batch))
     share = soft_share(0.4, progress)
     expected = 0.875 * ((1 - share) * hard + share * spread) + 0.125 * parts["text_nll"]
     assert torch.allclose(loss, expected, atol=1e-5)

@@ -83,8 +83,10 @@ def gradients(
     model.zero_grad()
     counts = task.counts(batch)
     metrics: dict[str, float] = {}
-    for part in task.before_step(model, list(split_batch(batch, micro_batch_size)), counts):
-        loss, values = task.loss(model, part, StepContext(counts, progress, torch.Generator().manual_seed(0)))
+    parts = list(split_batch(batch, micro_batch_size))
+    contexts = [StepContext(counts, progress, torch.Generator().manual_seed(0), part) for part in parts]
+    for part, context in zip(task.before_step(model, parts, contexts), contexts, strict=True):
+        loss, values = task.loss(model, part, context)
         loss.backward()
         for name, value in {"loss": loss, **values}.items():
             metrics[name] = metrics.get(name, 0.0) + value.item()
@@ -280,7 +282,7 @@ def test_clip_trains_on_captioned_pictures_and_decodes_its_share() -> None:
     batch = batch_of(task)
     assert task.decoder is not None
     task.max_shift = 0
-    images = task._images(batch)
+    images = task._images(batch, batch)
     expected = task.decoder[0].decode(batch["ids"])
     plain = batch["pixels"].permute(0, 3, 1, 2) / 255
     assert torch.allclose(images, torch.where(batch["decoded"][:, None, None, None], expected, plain))

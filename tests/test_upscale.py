@@ -89,7 +89,7 @@ def test_a_mirrored_view_has_mirrored_pixels(monkeypatch: pytest.MonkeyPatch) ->
         "loss",
         lambda self, images, codes, small: (seen.append(images.clone()), (images.sum() * 0, {}))[1],
     )
-    task.loss(task.model, batch, StepContext(task.counts(batch), 0.0, torch.Generator()))
+    task.loss(task.model, batch, StepContext(task.counts(batch), 0.0, torch.Generator(), batch))
     plain = batch["pixels"].permute(0, 3, 1, 2) / 255
     for row, view in enumerate(batch["view"].tolist()):
         assert torch.allclose(seen[0][row], plain[row].flip(-1) if view else plain[row])

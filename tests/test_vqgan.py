@@ -162,8 +162,8 @@ def test_while_the_discriminator_learns_alone_the_loss_has_no_graph() -> None:
     batch = batch_of(task)
     counts, before = task.counts(batch), bits(task.adversary.discriminator)
     for phase in ("alone", "together"):
-        task.before_step(task.model, [batch], counts)
-        context = StepContext(counts, 0.0, torch.Generator(), 4 if phase == "alone" else 5)
+        context = StepContext(counts, 0.0, torch.Generator(), batch, 4 if phase == "alone" else 5)
+        task.before_step(task.model, [batch], [context])
         loss, metrics = task.loss(task.model, batch, context)
         assert loss.requires_grad == (phase == "together")
         assert ("adversarial_weight" in metrics) == (phase == "together")
@@ -176,9 +176,9 @@ def test_a_discriminator_tells_rebuilt_pictures_from_true_ones_in_a_few_steps() 
     task = vqgan_task("vqgan.alone_steps=1000", "vqgan.discriminator_learning_rate=0.005")
     for number in range(30):
         batch = batch_of(task, step=number)
-        counts = task.counts(batch)
-        task.before_step(task.model, [batch], counts)
-        _, metrics = task.loss(task.model, batch, StepContext(counts, 0.0, torch.Generator(), number))
+        context = StepContext(task.counts(batch), 0.0, torch.Generator(), batch, number)
+        task.before_step(task.model, [batch], [context])
+        _, metrics = task.loss(task.model, batch, context)
         task.after_step(task.model, torch.Generator())
     assert metrics["real_logit"] > metrics["fake_logit"] + 1
     assert metrics["discriminator"] < 0.5

@@ -46,7 +46,7 @@ def apply_view(images: Tensor, view: View, factor: int = 1) -> Tensor:
         return images.flip(-1) if view == "flip" else images
     side = images.shape[-1]
     pixels = factor * move_px(side // factor)
-    shift = pixels * torch.tensor([MOVES[view]], device=images.device)
+    shift = pixels * torch.tensor([MOVES[view]]).to(images.device, non_blocking=True)
     return shift_images(images, shift.expand(len(images), 2), pixels)
 
 

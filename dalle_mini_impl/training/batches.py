@@ -162,6 +162,11 @@ class Prefetcher:
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self._pin else batch
 
 
+def rows_where(chosen: Tensor, device: torch.device) -> Tensor:
+    """The numbers of the rows (n,) that are chosen, on a device; chosen: (B,) bool on the host, so nothing waits."""
+    return chosen.nonzero()[:, 0].to(device, non_blocking=True)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Moves a batch, without waiting for the copy where the memory is pinned."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

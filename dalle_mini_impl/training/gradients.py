@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
-from dalle_mini_impl.training.batches import Batch, split_batch
+from dalle_mini_impl.training.batches import Batch, split_batch, to_device
 from dalle_mini_impl.training.sharding import is_sharded, no_sync
 from dalle_mini_impl.training.task import StepContext, Task, autocast
 
@@ -57,7 +57,7 @@ class Gradients:
     def backward(self, batch: Batch, step: int, progress: float, generators: Generators) -> dict[str, Tensor]:
         """Leaves the gradients of the global batch's loss in the weights; returns this process's part of the metrics.
 
-        step, progress: see `StepContext`.
+        batch: this process's, on the host. step, progress: see `StepContext`.
 
         Several processes wait for each other, so that one can't go back to where the step began by itself: there
         running out of memory is a MemoryError, and a new start takes the smaller size. So it is for a single picture.
@@ -83,17 +83,17 @@ class Gradients:
         """Finds the micro-batch that fits every process, before a step in which they wait for each other.
 
         Each goes through loss and gradient of a part of its batch by itself: in evaluation mode, in which tasks talk to
-        no other process. Changes nothing but the size.
+        no other process. Changes nothing but the size. batch: on the host.
         """
-        before, reason = self.micro_batch_size, "in another process"
+        before, reason, device = self.micro_batch_size, "in another process", self.accelerator.device
         self.task.model.eval()
-        counts = self.task.counts(batch).to(self.accelerator.device)
-        context = StepContext(counts, 0.0, generators(), step=self.task.unlike_steps)
+        counts = self.task.counts(batch).to(device)
         while True:
-            part = {name: tensor[: self.micro_batch_size] for name, tensor in batch.items()}
+            part = next(split_batch(batch, self.micro_batch_size))
+            context = StepContext(counts, 0.0, generators(), part, step=self.task.unlike_steps)
             try:
-                with autocast(self.accelerator.device, self.dtype):
-                    loss, _ = self.task.loss(self.task.model, part, context)
+                with autocast(device, self.dtype):
+                    loss, _ = self.task.loss(self.task.model, to_device(part, device), context)
                 loss.backward()  # type: ignore[no-untyped-call]
                 break
             except RuntimeError as error:
@@ -102,7 +102,7 @@ class Gradients:
                 reason = _first_line(error)
             self._halve(reason)
         self.module.zero_grad(set_to_none=True)
-        fitting = torch.tensor([self.micro_batch_size], device=self.accelerator.device)
+        fitting = torch.tensor([self.micro_batch_size], device=device)
         smallest = int(self.accelerator.gather(fitting).min())
         if smallest < before:
             self.restrict(smallest)
@@ -110,19 +110,23 @@ class Gradients:
 
     def _add_up(self, batch: Batch, step: int, progress: float, generators: Generators) -> dict[str, Tensor]:
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        counts = accelerator.reduce(self.task.counts(batch).to(accelerator.device), "sum")
-        micro_batches = list(split_batch(batch, self.micro_batch_size))
+        device, rank = accelerator.device, accelerator.process_index
+        counts = accelerator.reduce(self.task.counts(batch).to(device, non_blocking=True), "sum")
+        parts_on_host = list(split_batch(batch, self.micro_batch_size))
+        micro_batches = [to_device(part, device) for part in parts_on_host]
+        contexts = [
+            StepContext(counts, progress, generators(rank, index), part, step)
+            for index, part in enumerate(parts_on_host)
+        ]
         if is_sharded(self.module):
-            micro_batches = self.module(micro_batches, counts, ahead=True)
+            micro_batches = self.module(micro_batches, contexts, ahead=True)
         else:  # a forward of DDP's would wait for its backward
-            with autocast(accelerator.device, self.dtype):
-                micro_batches = self.task.before_step(self.task.model, micro_batches, counts)
+            with autocast(device, self.dtype):
+                micro_batches = self.task.before_step(self.task.model, micro_batches, contexts)
         metrics: dict[str, Tensor] = {}
-        for index, micro_batch in enumerate(micro_batches):
-            generator = generators(accelerator.process_index, index)
-            torch.manual_seed(generator.initial_seed())  # dropout has no other source of randomness
-            context = StepContext(counts, progress, generator, step)
-            last = index == len(micro_batches) - 1
+        for micro_batch, context in zip(micro_batches, contexts, strict=True):
+            torch.manual_seed(context.generator.initial_seed())  # dropout has no other source of randomness
+            last = context is contexts[-1]
             with contextlib.nullcontext() if last else no_sync(self.module, accelerator):
                 loss, parts = self.module(micro_batch, context)
                 if loss.requires_grad:

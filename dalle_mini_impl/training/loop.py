@@ -14,13 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import StageConfig
-from dalle_mini_impl.training.batches import (
-    Batch,
-    BatchOrder,
-    Prefetcher,
-    derive_seed,
-    to_device,
-)
+from dalle_mini_impl.training.batches import Batch, BatchOrder, Prefetcher, derive_seed
 from dalle_mini_impl.training.budget import Plan, StageClock, format_duration
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.compiling import settling_steps, should_compile
@@ -144,7 +138,7 @@ class StageTrainer:
         alone = self.accelerator.num_processes == 1 or self.replica is not None  # no process holds a sharded model
         if not alone and self.step != self.plan.total_steps:
             size = self.gradients.micro_batch_size
-            self.gradients.fit(to_device(prefetcher.get(self.step), self.accelerator.device), self._generator)
+            self.gradients.fit(prefetcher.get(self.step), self._generator)
             self._note_micro_batch(size)
 
     def _one_step(self, prefetcher: Prefetcher) -> None:
@@ -153,7 +147,6 @@ class StageTrainer:
         asked = time.monotonic()
         batch = prefetcher.get(self.step)
         self.running.waited_sec += time.monotonic() - asked
-        batch = to_device(batch, self.accelerator.device)
         set_rates(self.optimizers, self.step, self.plan.total_steps, self.config)
         self.task.model.train()
         metrics = self._backward(batch)
@@ -235,7 +228,8 @@ class StageTrainer:
     def _agree(self, guard: Tensor) -> Agreement:
         """One opinion for all processes; guard, 0-d, is finite where this one's loss and gradient are.
 
-        The step's one wait for the device: a step that is skipped must leave no trace.
+        The step's one wait for the device: a step that is skipped must leave no trace. What tasks decide by, they look
+        up on the host; vqgan's discriminator alone, which has a guard of its own, waits once more.
         """
         is_late = time.monotonic() - self._last_save > SAVE_EVERY_SEC
         wishes = [float(self.stop.requested), float(self.clock.overrun()), float(is_late)]

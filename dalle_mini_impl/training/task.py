@@ -21,12 +21,15 @@ class StepContext:
     """What a loss may depend on besides its batch.
 
     counts: the task's `counts` summed over the global batch. progress: share of the run that is done, in [0, 1].
-    generator: this micro-batch's own random numbers, on the device. step: the number of steps done before this one.
+    generator: this micro-batch's own random numbers, on the device. host: the micro-batch as it lies on the host, where
+    a loss looks up what it decides by, such as which rows to take: there it doesn't wait for the device. step: the
+    number of steps done before this one.
     """
 
     counts: Tensor
     progress: float
     generator: torch.Generator
+    host: Batch
     step: int = 0
 
 
@@ -70,9 +73,9 @@ class Task(Protocol):
         """The samples at some places of the stage's sequence of samples; called from a background thread."""
 
     def counts(self, batch: Batch) -> Tensor:
-        """What the loss is a mean over, (C,) float64, additive over micro-batches and processes."""
+        """What the loss is a mean over, (C,) float64, additive over micro-batches and processes; batch: on the host."""
 
-    def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
+    def before_step(self, model: nn.Module, micro_batches: list[Batch], contexts: list[StepContext]) -> list[Batch]:
         """Whatever has to be known of a process's whole batch before its micro-batches are computed one by one."""
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -132,6 +133,18 @@ class VectorQuantizer(Quantizer):
         self.updates: Tensor
         self._observed: list[tuple[Tensor, Tensor]] = []  # rows and ids of a step
         self._code_use: Tensor | None = None  # (K,), of a whole step
+        self._has_codebook: bool | None = None  # what `updates` says, None until it was read
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether a codebook has been learned; the device is asked once, and again after weights were loaded."""
+        if self._has_codebook is None:
+            self._has_codebook = bool(self.updates)
+        return self._has_codebook
+
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        super()._load_from_state_dict(*arguments, **more)
+        self._has_codebook = None
 
     def forward(self, latents: Tensor, progress: float, generator: torch.Generator | None = None) -> Quantized:
         """Straight-through quantization; unquantized while training has no codebook yet."""
@@ -139,7 +152,7 @@ class VectorQuantizer(Quantizer):
         rows = F.normalize(_rows(latents), dim=1)
         detached = rows.detach()
         ids = self._nearest(detached)
-        if self.training and not bool(self.updates):
+        if self.training and not self.has_codebook:
             to_learn = detached if progress >= self.start else None
             return Quantized(_grid(rows * self.scale, batch, height), ids.view(batch, -1), rows=to_learn)
         codes = self.codebook[ids]
@@ -171,7 +184,7 @@ class VectorQuantizer(Quantizer):
         """Where a step is quantized part by part, measures the use of codes that the balance term needs."""
         self._observed.clear()
         self._code_use = None
-        if not self.balance_weight or not bool(self.updates):
+        if not self.balance_weight or not self.has_codebook:
             return
         total, num_rows = torch.zeros_like(self.ema_counts), 0
         for latents in micro_batches:
@@ -194,19 +207,20 @@ class VectorQuantizer(Quantizer):
         rows, ids = (torch.cat(parts) for parts in zip(*self._observed, strict=True))
         self._observed.clear()
         self._code_use = None
-        counts = torch.bincount(ids, minlength=self.num_codes).to(rows.dtype)
+        counts = torch.zeros_like(self.ema_counts).index_add_(0, ids, torch.ones_like(rows[:, 0]))
         sums = torch.zeros_like(self.codebook).index_add_(0, ids, rows)
         fresh = _random_rows(rows, self.num_codes, generator)
         together = _sum_over_ranks(torch.cat([counts[:, None], sums, fresh], dim=1))
         counts, sums, fresh = together[:, 0], *together[:, 1:].chunk(2, dim=1)
         fresh = _apart(fresh, generator)
-        if bool(self.updates):
+        if self.has_codebook:
             self._move(counts, sums, fresh)
         else:
             self.codebook.copy_(fresh)
             self.ema_counts.fill_(counts.sum() / self.num_codes)
             self.ema_sums.copy_(fresh * self.ema_counts[:, None])
         self.updates += 1
+        self._has_codebook = True
 
     def _nearest(self, rows: Tensor) -> Tensor:
         return (rows @ self.codebook.t()).argmax(dim=1)

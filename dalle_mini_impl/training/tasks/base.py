@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices
+from dalle_mini_impl.training.task import StepContext
 
 
 class BaseTask:
@@ -30,7 +31,7 @@ class BaseTask:
         """In the order's own order."""
         return order.positions(step, rank, world_size)
 
-    def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
+    def before_step(self, model: nn.Module, micro_batches: list[Batch], contexts: list[StepContext]) -> list[Batch]:
         """Nothing has to be known ahead."""
         return micro_batches
 

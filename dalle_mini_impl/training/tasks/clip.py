@@ -18,7 +18,7 @@ from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
-from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, sample_rng
+from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, rows_where, sample_rng
 from dalle_mini_impl.training.hard_negatives import CaptionChanger
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks.base import BaseTask, captioned, encode, pick_caption
@@ -101,7 +101,7 @@ class CLIPTask(BaseTask):
         """Pairs, and tokens of their captions that are predicted where there is a captioner."""
         return torch.tensor([len(batch["pixels"]), int((batch["text"][:, 1:] != PAD).sum())], dtype=torch.float64)
 
-    def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
+    def before_step(self, model: nn.Module, micro_batches: list[Batch], contexts: list[StepContext]) -> list[Batch]:
         """Where the batch is cut up: the loss's gradient at every vector of the global batch (GradCache, 2101.06983).
 
         The loss compares every picture with every caption, so its parts can't be computed apart. A first pass without
@@ -112,7 +112,10 @@ class CLIPTask(BaseTask):
             return micro_batches
         clip = cast(CLIP, model)
         with torch.no_grad():
-            vectors = [self._vectors(clip, batch, clip.places(self._images(batch))) for batch in micro_batches]
+            vectors = [
+                self._vectors(clip, batch, clip.places(self._images(batch, context.host)))
+                for batch, context in zip(micro_batches, contexts, strict=True)
+            ]
         sizes = [len(batch["keys"]) for batch in micro_batches]
         own = [torch.cat([pair[side] for pair in vectors]) for side in (0, 1)]
         own.append(torch.cat([_with_negatives(batch, "keys", "negative_keys") for batch in micro_batches]))
@@ -137,8 +140,8 @@ class CLIPTask(BaseTask):
             keys = _own_first(_with_negatives(batch, "keys", "negative_keys"))
             ids = _own_first(_with_negatives(batch, "text", "negatives"))
             count = len(batch["keys"])
-            return clip.loss(self._images(batch), ids[:count], keys[:count], ids[count:], keys[count:])
-        places = clip.places(self._images(batch))
+            return clip.loss(self._images(batch, context.host), ids[:count], keys[:count], ids[count:], keys[count:])
+        places = clip.places(self._images(batch, context.host))
         image_vectors, text_vectors = self._vectors(clip, batch, places)
         share = (len(batch["keys"]) / context.counts[0]).float()
         surrogate = (image_vectors * batch["image_grad"]).sum() + (text_vectors * batch["text_grad"]).sum()
@@ -159,12 +162,13 @@ class CLIPTask(BaseTask):
         text_vectors = clip.encode_text(ids.flatten(0, 1))
         return clip.pool(places), text_vectors.view(*ids.shape[:2], -1)
 
-    def _images(self, batch: Batch) -> Tensor:
+    def _images(self, batch: Batch, host: Batch) -> Tensor:
         """Pictures (B, 3, S, S), some decoded from their ids, moved by up to max_shift pixels."""
         images = images_from_pixels(batch["pixels"])
-        if self.decoder is not None and bool(batch["decoded"].any()):
+        rows = rows_where(host["decoded"], images.device)
+        if self.decoder is not None and len(rows):
             with torch.no_grad():
-                images[batch["decoded"]] = self.decoder[0].decode(batch["ids"][batch["decoded"]])
+                images[rows] = self.decoder[0].decode(batch["ids"][rows])
         return shift_images(images, batch["shift"], self.max_shift)
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:

@@ -130,13 +130,14 @@ class DALLETask(BaseTask):
         is_reading = config.reading_share > 0 and context.progress >= config.reading_after
         share, weight = config.reading_share if is_reading else 0.0, config.text_loss_weight
         view = batch["view"] if dalle.num_views > 1 else None
-        reads = batch["reads"] & is_reading if config.reading_share else None
+        text = context.host["text"]
+        reads = context.host["reads"] & is_reading if config.reading_share else None
         drawn, read = context.counts.float()  # (2,) each: text and image tokens
         num_text, num_image = (drawn if is_reading else drawn + read).clamp(min=1)
         num_read = read[0].clamp(min=1)
         soft = soft_share(config.soft_targets, context.progress)
         likeness = self._likeness_on(batch["ids"].device) if soft else None
-        losses = dalle.loss(batch["text"], batch["ids"], view, batch["inputs"], reads, batch.get("embedding"), likeness)
+        losses = dalle.loss(text, batch["ids"], view, batch["inputs"], reads, batch.get("embedding"), likeness)
         loss = (1 - share) * losses.total(weight, num_text, num_image)
         parts = {"image_nll": losses.image_nll_sum / num_image, "text_nll": losses.text_nll_sum / num_text}
         if dalle.look_ahead is not None:

@@ -14,7 +14,7 @@ from dalle_mini_impl.dalle import DALLE, nll_sum
 from dalle_mini_impl.filters import guidance_scales, guide
 from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
-from dalle_mini_impl.training.batches import Batch
+from dalle_mini_impl.training.batches import Batch, rows_where
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks.dalle import DALLETask
 
@@ -50,22 +50,29 @@ class DistillTask(DALLETask):
         """As DALL·E's own, with the divergence from what guidance says in place of the picture tokens' likelihood."""
         dalle, config = cast(DALLE, model), self.recipe.dalle
         (num_text, num_image), (num_read, _) = context.counts.float().clamp(min=1)
-        drawn, reads = ~batch["reads"], batch["reads"]
-        text_sum, kl_sum = self._divergence(dalle, {name: value[drawn] for name, value in batch.items()})
+        text, reads = context.host["text"], context.host["reads"]
+        drawn, read_rows = (rows_where(chosen, batch["ids"].device) for chosen in (~reads, reads))
+        of_drawn = {name: value[drawn] for name, value in batch.items()}
+        text_sum, kl_sum = self._divergence(dalle, of_drawn | {"text": text[~reads]})
         parts = {"guidance_kl": kl_sum / num_image, "text_nll": text_sum / num_text}
         weight = config.text_loss_weight
         loss = (1 - config.reading_share) * (weight * parts["text_nll"] + (1 - weight) * parts["guidance_kl"])
         if config.reading_share:
-            read = dalle.loss(batch["text"][reads], batch["ids"][reads], reads=reads[reads]) if reads.any() else None
+            read = dalle.loss(text[reads], batch["ids"][read_rows], reads=reads[reads]) if len(read_rows) else None
             parts["read_nll"] = torch.zeros_like(num_read) if read is None else read.read_nll_sum / num_read
             loss = loss + config.reading_share * parts["read_nll"]
         return loss, parts
 
     def _divergence(self, dalle: DALLE, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Summed nats: the captions' negative log-likelihood, and KL(guided | own) of the picture tokens."""
-        scales = self.scales.to(batch["ids"].device)
-        text_sum = kl_sum = torch.zeros((), device=batch["ids"].device)
+        """Summed nats: the captions' negative log-likelihood, and KL(guided | own) of the picture tokens.
+
+        batch: on the device but for its text, which may be on the host.
+        """
+        device = batch["ids"].device
+        scales = self.scales.to(device, non_blocking=True)
+        text_sum = kl_sum = torch.zeros((), device=device)
         for rows, text in self.stream.groups(batch["text"]):
+            rows, text = (values.to(device, non_blocking=True) for values in (rows, text))
             ids = batch["inputs"][rows]
             view = batch["view"][rows] if dalle.num_views > 1 else None
             embedding = batch["embedding"][rows] if "embedding" in batch else None

@@ -13,7 +13,7 @@ from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels
 from dalle_mini_impl.data.views import apply_view
 from dalle_mini_impl.sheet import reconstruction_sheet, save_sheet
 from dalle_mini_impl.training import evaluation
-from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
+from dalle_mini_impl.training.batches import Batch, Indices, rows_where, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks.base import BaseTask
 from dalle_mini_impl.vae.losses import reconstruction_metrics
@@ -69,8 +69,8 @@ class UpscaleTask(BaseTask):
         """The upscaler's own loss, weighted by this micro-batch's share of the pictures."""
         images = images_from_pixels(batch["pixels"])
         for number, view in enumerate(self.recipe.data.views):
-            chosen = batch["view"] == number
-            images[chosen] = apply_view(images[chosen], view, self.recipe.upscale.factor)
+            rows = rows_where(context.host["view"] == number, images.device)
+            images[rows] = apply_view(images[rows], view, self.recipe.upscale.factor)
         vae = self.vae.to(images.device).eval()
         loss, terms = cast(Upscaler, model).loss(images, *inputs_of(batch["ids"], vae))
         share = (len(images) / context.counts[0]).float()

@@ -47,7 +47,7 @@ class VAETask(BaseTask):
         """Pictures."""
         return torch.tensor([len(batch["pixels"])], dtype=torch.float64)
 
-    def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
+    def before_step(self, model: nn.Module, micro_batches: list[Batch], contexts: list[StepContext]) -> list[Batch]:
         """Where the batch is cut up in time, a first pass of the encoder measures how all of it uses the codes."""
         cut_up = micro_batches if len(micro_batches) > 1 else []
         cast(DiscreteVAE, model).before_step(images_from_pixels(batch["pixels"]) for batch in cut_up)

@@ -77,11 +77,11 @@ class VQGANTask(VAETask):
         draws = torch.stack([torch.from_numpy(rng.random(NUM_DRAWS)) for rng in rngs])
         return {**super().batch(items, positions), "draws": draws.float()}
 
-    def before_step(self, model: nn.Module, micro_batches: list[Batch], counts: Tensor) -> list[Batch]:
+    def before_step(self, model: nn.Module, micro_batches: list[Batch], contexts: list[StepContext]) -> list[Batch]:
         """Forgets what a skipped step has left behind; in the full phase as a VAE's own training."""
         self.adversary.begin()
         if self.config.phase == "full":
-            return super().before_step(model, micro_batches, counts)
+            return super().before_step(model, micro_batches, contexts)
         return micro_batches
 
     def loss(self, model: nn.Module, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
