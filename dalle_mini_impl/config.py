@@ -421,10 +421,11 @@ class CLIPStageConfig(StageConfig):
 
 
 class DALLEStageConfig(StageConfig):
-    """DALL·E's."""
+    """DALL·E's, the one that is known to gain from weight decay."""
 
     steps: Positive = 4000
     budget_share: Annotated[float, Field(gt=0)] = 0.56
+    muon_timescale: Annotated[float, Field(ge=0)] = 0.4
 
 
 class PriorStageConfig(StageConfig):
