@@ -22,6 +22,7 @@ from dalle_mini_impl.layers.bag_attention import BagCache, can_use_bags
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.packed_linear import PackedLinear
 from dalle_mini_impl.native.trunk import LayerWeights, NativeCache, NativeTrunk, can_run
+from dalle_mini_impl.precision import autocast_off
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Engine:
             device=self.device,
             dtype=self.dtype,
         )
-        with torch.autocast(self.device.type, enabled=False):
+        with autocast_off(self.device):
             x = self.dalle.embed(text_ids, text_ids[:, :0], None, embedding).to(self._input_dtype)
             slots = self.stream.prompt_slots(num_slots, self.device)
             if self._native is not None:
@@ -155,7 +156,7 @@ class Engine:
     def extend(self, image_ids: Tensor, cache: KVCache) -> Tensor:
         """Reads the n image ids (B, n) that follow those in the cache; logits (B, n, image_vocab); see `DALLE`."""
         start = self.dalle.check_extension(image_ids, cache)
-        with torch.autocast(self.device.type, enabled=False):
+        with autocast_off(self.device):
             x = self._image_embedding[image_ids] + self._places[start + 1 : start + 1 + image_ids.shape[1]]
             if self._neighbours is not None:
                 ids = self.dalle.read(image_ids, start, cache)
@@ -175,7 +176,7 @@ class Engine:
         No shape depends on the cell, so that one CUDA graph, or one compiled function, serves every step: attention
         goes over the whole capacity of the cache, and its length is left to the caller.
         """
-        with torch.autocast(self.device.type, enabled=False):
+        with autocast_off(self.device):
             x = self._image_embedding[ids] + self._places.index_select(0, cell + 1)  # (B, dim)
             if self._neighbours is not None:
                 cache.ids.index_copy_(1, cell, ids[:, None])

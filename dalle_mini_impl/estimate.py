@@ -147,7 +147,7 @@ def _stage(
     by_muon = 0
     if config.optimizer == "muon":
         by_muon = sum(parameter.numel() for parameter in model.hidden_matrices())  # type: ignore[operator]
-    flops, kept = count_flops(forward), _kept_elements(model, forward)
+    flops, kept = count_flops(lambda: _kept_elements(model, forward))
     if config.checkpoint_gradients:
         kept = _kept_with_checkpoints(model, forward, kept)
     micro_batch = config.micro_batch_size or -(-config.batch_size // devices)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+T = TypeVar("T")
 
-def count_flops(forward: Callable[[], object]) -> float:
-    """Operations of a forward pass, the same on every device and by whichever kernel attention is computed."""
+
+def count_flops(forward: Callable[[], T]) -> tuple[float, T]:
+    """Operations of a forward pass, and what it returns; the same on every device and with any kernel of attention."""
     unknown = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
-        forward()
-    return float(counter.get_total_flops())
+        result = forward()
+    return float(counter.get_total_flops()), result
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training.checkpoint import StateFolder
 from tests.processes import steps_done, train_in_processes
-from tests.tiny import tiny_recipe
+from tests.tiny import TIMED, tiny_recipe
 
 DATA = "shapes:count=60"
 KILLED, STOPPED, INTERRUPTED = -9, 3, 4
@@ -44,9 +44,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def facts(out: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, torch.Tensor]]]:
     """All lines of metrics.jsonl but for what the machine's speed decides, and all weights."""
-    timed = {"time_sec", "tokens_per_sec", "pictures_per_sec", "data_wait_share"}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    metrics = [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
     return metrics, {path.stem: load_file(path) for path in (out / "checkpoint").glob("*.safetensors")}
 
 

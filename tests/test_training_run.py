@@ -22,7 +22,7 @@ from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import ORDER
-from tests.tiny import tiny_recipe
+from tests.tiny import TIMED, tiny_recipe
 
 DATA = "shapes:count=60"
 QUICK = ["batch_size=8", "evaluations=2", "warmup_steps=3", "precision=fp32"]
@@ -47,9 +47,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def lines(out: Path, stage: Stage) -> list[dict[str, Any]]:
     """The metrics of a stage without what depends on the machine's speed."""
-    timed = {"time_sec", "tokens_per_sec", "pictures_per_sec", "data_wait_share"}
     every = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in every if line["stage"] == stage]
+    return [{k: v for k, v in line.items() if k not in TIMED} for line in every if line["stage"] == stage]
 
 
 def test_all_stages_make_a_checkpoint_that_loads(finished: Path) -> None:

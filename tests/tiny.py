@@ -41,6 +41,8 @@ TINY_VALUES = {
     "prior": {"num_buckets": 8, "num_dot_buckets": 4, "dim": 24, "layers": 1, "heads": 3},
 }
 TINY_CAPTIONS = ["a red circle", "a blue square above a green triangle", "two small yellow stars"]
+TIMED = {"time_sec", "tokens_per_sec", "pictures_per_sec", "data_wait_share"}
+"""What the machine's speed decides in the lines of metrics.jsonl."""
 
 
 def tiny_recipe(*overrides: str) -> Recipe:

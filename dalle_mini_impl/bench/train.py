@@ -194,7 +194,7 @@ def _flops(loss: Callable[[Tensor, Tensor], Tensor], shape: Shape, device: torch
     text = torch.full((1, shape.text_length), 10, device=device)
     image = torch.zeros((1, shape.num_image_tokens), dtype=torch.long, device=device)
     with torch.no_grad():
-        return count_flops(lambda: loss(text, image))
+        return count_flops(lambda: loss(text, image))[0]
 
 
 class _Plain(nn.Module):
