@@ -421,11 +421,22 @@ class CLIPStageConfig(StageConfig):
 
 
 class DALLEStageConfig(StageConfig):
-    """DALL·E's, the one that is known to gain from weight decay."""
+    """DALL·E's, the one that is known to gain from weight decay, and from a high rate of what Muon leaves to AdamW."""
 
     steps: Positive = 4000
     budget_share: Annotated[float, Field(gt=0)] = 0.56
+    learning_rate: Annotated[float, Field(gt=0)] = 8e-3
+    """Peak rate of AdamW, which trains embeddings, heads and norms beside Muon. 2e-3 where it trains matrices, too, and
+    no other is given."""
     muon_timescale: Annotated[float, Field(ge=0)] = 0.4
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gentler_on_matrices(cls, values: Any) -> Any:
+        """Matrices don't bear the rate that suits the rest."""
+        if isinstance(values, dict) and values.get("optimizer") == "adamw":
+            return {"learning_rate": StageConfig().learning_rate, **values}
+        return values
 
 
 class PriorStageConfig(StageConfig):
