@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.training import muon as muon_module
-from dalle_mini_impl.training.muon import NEWTON_SCHULZ, Muon, orthogonalize
+from dalle_mini_impl.training.muon import (
+    POLYNOMIALS,
+    ROUNDING,
+    SMALLEST,
+    Muon,
+    Polynomial,
+    orthogonalize,
+    polar_polynomials,
+)
+
+NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
+"""Keller Jordan's, which PyTorch's Muon takes."""
 
 
 def _parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -33,10 +47,33 @@ def number_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def test_singular_values_end_near_one_and_singular_vectors_stay(shape: tuple[int, int], number_type: str) -> None:
     matrix = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    out = orthogonalize(torch.stack([matrix, 1000 * matrix])).float()
-    assert torch.allclose(out[0], out[1], atol=0.05)  # the size of a gradient doesn't count
+    out = orthogonalize(torch.stack([matrix, 1024 * matrix])).float()
+    assert torch.allclose(out[0], out[1], atol=1e-3)  # the size of a gradient doesn't count
     aligned = (u.t() @ out[0] @ v.t()).diagonal()
     assert aligned.min() > 0.3 and aligned.max() < 1.4
+
+
+def _applied(polynomials: Sequence[Polynomial], values: Tensor) -> Tensor:
+    for a, b, c in polynomials:
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+def test_polynomials_swing_evenly_about_one() -> None:
+    """What no other odd quintic could do better: each leaves values as far below 1 as above, and ever nearer."""
+    values = torch.linspace(0.02, 1, 200_001, dtype=torch.float64)
+    distances = [1.0]
+    for polynomial in polar_polynomials(4, 0.02):
+        values = _applied([polynomial], values)
+        assert (values.max() - 1).item() == pytest.approx((1 - values.min()).item(), rel=1e-3)
+        distances.append((values.max() - 1).item())
+    assert distances == sorted(distances, reverse=True) and distances[-1] < 1e-3
+
+
+def test_three_polynomials_end_as_near_to_one_as_five_newton_schulz_steps() -> None:
+    values = torch.logspace(math.log10(SMALLEST), 0, 10_000, dtype=torch.float64)
+    ours, theirs = (_applied(polynomials, values) - 1 for polynomials in (POLYNOMIALS, NEWTON_SCHULZ))
+    assert ours.abs().max() < theirs.abs().max() < 0.33
 
 
 @pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4])
@@ -47,13 +84,20 @@ def test_iterating_on_the_gram_matrix_changes_nothing(
     monkeypatch.setattr(muon_module, "computes_bf16", lambda device: False)
     u, s, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
     matrices = u * torch.logspace(0, math.log10(smallest), s.shape[1]) @ v
-    a, b, c = NEWTON_SCHULZ
-    expected = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
-    for _ in range(5):
+    expected = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True) / ROUNDING
+    for a, b, c in POLYNOMIALS:
         gram = expected @ expected.mT
         expected = a * expected + (b * gram + c * gram @ gram) @ expected
     out = orthogonalize(matrices).double()
     assert (out - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3.0, 1e3])
+def test_a_single_direction_stays_one(scale: float, number_type: str) -> None:
+    """Its singular value is the whole norm: rounded upwards, it must not leave the range that polynomials are for."""
+    left, right = F.normalize(torch.randn(50, 24), dim=1), F.normalize(torch.randn(50, 40), dim=1)
+    out = orthogonalize(scale * left[:, :, None] * right[:, None, :]).float()
+    assert torch.einsum("nr,nrc,nc->n", left, out, right).sub(1).abs().max() < 0.33
 
 
 def test_a_zero_gradient_moves_nothing(number_type: str) -> None:
@@ -61,7 +105,10 @@ def test_a_zero_gradient_moves_nothing(number_type: str) -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_matrices_move_as_with_pytorch_s_own(weight_decay: float, number_type: str) -> None:
+def test_matrices_move_as_with_pytorch_s_own(
+    weight_decay: float, number_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon_module, "orthogonalize", partial(orthogonalize, polynomials=NEWTON_SCHULZ))
     shapes = [(6, 18), (18, 6), (6, 18), (8, 8)]
     ours, theirs = _parameters(*shapes), _parameters(*shapes)
     muon = Muon(ours, lr=0.02, momentum=0.9, weight_decay=weight_decay)
@@ -76,7 +123,7 @@ def test_matrices_move_as_with_pytorch_s_own(weight_decay: float, number_type: s
         muon.step()
         reference.step()
     for mine, other, before in zip(ours, theirs, start, strict=True):
-        assert (mine - other).norm() < 0.03 * (other - before).norm()  # PyTorch's iterates in bf16
+        assert (mine - other).norm() < 0.05 * (other - before).norm()  # PyTorch iterates in bf16, norms not widened
 
 
 def test_kernels_move_as_their_matrices() -> None:

@@ -8,9 +8,10 @@ Of parameters that are shared out over processes (FSDP2) the momentum is shared 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,52 +19,88 @@ from torch.optim import Optimizer
 from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.training.dtensors import local, part_like, whole_stack
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration; singular values end between about 0.7 and 1.2."""
+Polynomial = tuple[float, float, float]
+"""a, b and c of the odd quintic a x + b x³ + c x⁵."""
+
+ITERATIONS = 3
+SMALLEST = 1e-2
+"""Singular values down to this share of a matrix's Frobenius norm end near 1; smaller ones grow, but end below."""
+ROUNDING = 1.02
+"""How far above its range bf16 may carry a singular value; beyond it polynomials grow without bound."""
+_EXCHANGES = 50
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices to (n, R, C), roughly, by Newton-Schulz iterations.
+def polar_polynomials(iterations: int, smallest: float) -> tuple[Polynomial, ...]:
+    """The quintics that bring all singular values in [smallest, 1] nearest to 1, one after the other.
+
+    Each is the best for the range that the one before it leaves (Amsel et al. 2025, arXiv 2505.16932). Newton-Schulz
+    iterations take one polynomial for all steps and need five of them for what three of these do.
+    """
+    low, high, found = smallest, 1.0, []
+    for _ in range(iterations):
+        polynomial, error = _nearest_to_one(low, high)
+        found.append(polynomial)
+        low, high = 1 - error, (1 + error) * ROUNDING
+    return tuple(found)
+
+
+def _nearest_to_one(low: float, high: float) -> tuple[Polynomial, float]:
+    """The odd quintic whose largest distance from 1 in [low, high] is smallest, and that distance.
+
+    Remez' exchange: at four points, the ends and the two extrema between them, it is as far below 1 as above.
+    """
+    first, second = low + (high - low) / 4, low + (high - low) * 3 / 4
+    for _ in range(_EXCHANGES):
+        points = np.array([low, first, second, high])
+        rows = np.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)
+        a, b, c, error = np.linalg.solve(rows, np.ones(4)).tolist()
+        first, second = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
+    return (a, b, c), error
+
+
+POLYNOMIALS = polar_polynomials(ITERATIONS, SMALLEST)
+
+
+def orthogonalize(matrices: Tensor, polynomials: Sequence[Polynomial] = POLYNOMIALS) -> Tensor:
+    """The nearest semi-orthogonal matrices to (n, R, C), roughly: singular vectors stay, singular values end near 1.
 
     In bf16, or in fp32 where the device has no bf16 of its own.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     wide = matrices.mT if tall else matrices
     run = _iterate_in_bf16 if computes_bf16(matrices.device) else _iterate_on_the_gram_matrix
-    result = run(wide, steps)
+    result = run(wide, polynomials)
     return result.mT if tall else result
 
 
 def _normalized(matrices: Tensor) -> Tensor:
     norms: Tensor = matrices.norm(dim=(1, 2), keepdim=True)
-    return matrices / (norms + 1e-7)
+    return matrices / (ROUNDING * norms + 1e-7)
 
 
-def _iterate_in_bf16(wide: Tensor, steps: int) -> Tensor:
+def _iterate_in_bf16(wide: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """X ← (a I + b X Xᵀ + c (X Xᵀ)²) X, of (n, R, C) with R ≤ C."""
-    a, b, c = NEWTON_SCHULZ
     x = _normalized(wide.bfloat16())
-    for _ in range(steps):
+    for a, b, c in polynomials:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 
-def _iterate_on_the_gram_matrix(wide: Tensor, steps: int) -> Tensor:
+def _iterate_on_the_gram_matrix(wide: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """The same in fp32: P = a I + b G + c G², G ← P G P, and the product of all P times X at the end.
 
     G = X Xᵀ is (n, R, R), so this takes half of the operations where C is 3 R, and less where it is more. It needs
     fp32: a singular value stands in G as its square, and the smallest squares are lost in bf16.
     """
-    a, b, c = NEWTON_SCHULZ
     x = _normalized(wide.float())
     gram = x @ x.mT
     product: Tensor | None = None
-    for step in range(steps):
+    for step, (a, b, c) in enumerate(polynomials, start=1):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
         product = polynomial if product is None else polynomial @ product
-        if step + 1 < steps:
+        if step < len(polynomials):
             gram = polynomial @ gram @ polynomial
     return x if product is None else product @ x
 
