@@ -28,7 +28,7 @@ from dalle_mini_impl.bench.machine import Machine, synchronize
 from dalle_mini_impl.bench.peak import peak_bytes_alone
 from dalle_mini_impl.bench.peers import Shape, build_dalle_pytorch, can_import
 from dalle_mini_impl.bench.sample import build
-from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.config import DALLEStageConfig
 from dalle_mini_impl.estimate import BACKWARD_FACTOR
 from dalle_mini_impl.flops import count_flops, hidden_flops
 from dalle_mini_impl.training.batches import Batch
@@ -177,7 +177,7 @@ def _result(
 
 def _ours(shape: Shape, device: torch.device, optimizer: str, *, is_compiled: bool) -> Contestant:
     dalle = build(shape, device).train()
-    config = StageConfig.model_validate({"optimizer": optimizer})
+    config = DALLEStageConfig.model_validate({"optimizer": optimizer})
     if is_compiled:
         dalle.compile_blocks()
 

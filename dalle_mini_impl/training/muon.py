@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,22 +23,29 @@ from dalle_mini_impl.training.dtensors import local, part_like, whole_stack
 Polynomial = tuple[float, float, float]
 """a, b and c of the odd quintic a x + b x³ + c x⁵."""
 
-ITERATIONS = 3
-SMALLEST = 1e-2
-"""Singular values down to this share of a matrix's Frobenius norm end near 1; smaller ones grow, but end below."""
+TOLERANCE = 0.3
+"""How far from 1 singular values may end."""
 ROUNDING = 1.02
 """How far above its range bf16 may carry a singular value; beyond it polynomials grow without bound."""
 _EXCHANGES = 50
+_LEAST_TOLERANCE = 0.05
 
 
-def polar_polynomials(iterations: int, smallest: float) -> tuple[Polynomial, ...]:
-    """The quintics that bring all singular values in [smallest, 1] nearest to 1, one after the other.
+@lru_cache
+def polar_polynomials(smallest: float, tolerance: float = TOLERANCE) -> tuple[Polynomial, ...]:
+    """The fewest quintics that, one after the other, bring all of [smallest, 1] to within `tolerance` of 1.
 
-    Each is the best for the range that the one before it leaves (Amsel et al. 2025, arXiv 2505.16932). Newton-Schulz
-    iterations take one polynomial for all steps and need five of them for what three of these do.
+    Each is the best for the range that the one before it leaves (Amsel et al. 2025, arXiv 2505.16932), where
+    Newton-Schulz iterations take one polynomial for all steps and need more of them.
+    Raises ValueError for a `smallest` outside of (0, 1), or a tolerance below 0.05, which ROUNDING uses up.
     """
-    low, high, found = smallest, 1.0, []
-    for _ in range(iterations):
+    if not (0 < smallest < 1 and tolerance >= _LEAST_TOLERANCE):
+        raise ValueError(
+            f"smallest is {smallest} and the tolerance {tolerance}: the first must be above 0 and below 1, "
+            f"the second at least {_LEAST_TOLERANCE}"
+        )
+    low, high, found = smallest, 1.0, list[Polynomial]()
+    while not found or high > (1 + tolerance) * ROUNDING:
         polynomial, error = _nearest_to_one(low, high)
         found.append(polynomial)
         low, high = 1 - error, (1 + error) * ROUNDING
@@ -58,13 +66,10 @@ def _nearest_to_one(low: float, high: float) -> tuple[Polynomial, float]:
     return (a, b, c), error
 
 
-POLYNOMIALS = polar_polynomials(ITERATIONS, SMALLEST)
-
-
-def orthogonalize(matrices: Tensor, polynomials: Sequence[Polynomial] = POLYNOMIALS) -> Tensor:
+def orthogonalize(matrices: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """The nearest semi-orthogonal matrices to (n, R, C), roughly: singular vectors stay, singular values end near 1.
 
-    In bf16, or in fp32 where the device has no bf16 of its own.
+    In bf16, or in fp32 where the device has no bf16 of its own. polynomials: see `polar_polynomials`.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     wide = matrices.mT if tall else matrices
@@ -109,13 +114,22 @@ class Muon(Optimizer):
     """Nesterov momentum, orthogonalised, scaled to the size of an AdamW step: 0.2 × sqrt(max(rows, columns)).
 
     With that scale (arXiv 2502.16982) its learning rates and weight decays are comparable to AdamW's.
+    smallest: singular values of a direction from this share of its Frobenius norm on end near 1, smaller ones below;
+    the smaller, the more iterations.
     Raises ValueError for a parameter with fewer than two dimensions.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        smallest: float = 1.5e-3,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.polynomials = polar_polynomials(smallest)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -146,7 +160,8 @@ class Muon(Optimizer):
         buffers = [local(self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))) for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        update = orthogonalize(whole_stack([direction.flatten(1) for direction in directions], parameters[0]))
+        stack = whole_stack([direction.flatten(1) for direction in directions], parameters[0])
+        update = orthogonalize(stack, self.polynomials)
         scale = 0.2 * max(update.shape[1:]) ** 0.5
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

@@ -58,7 +58,8 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     )
     optimizers: list[Optimizer] = [adamw]
     if matrices:
-        optimizers.append(Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+        rates = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
+        optimizers.append(Muon(matrices, smallest=config.muon_smallest, **rates))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
