@@ -381,7 +381,7 @@ class StageConfig(Section):
     """Peak rate of AdamW."""
     muon_learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     """Peak rate of Muon, whose steps are scaled to the size of AdamW's."""
-    muon_smallest: Annotated[float, Field(gt=0, lt=1)] = 1.5e-3
+    muon_smallest: Annotated[float, Field(ge=1e-6, le=0.5)] = 1.5e-3
     """Muon brings singular values from this share of a gradient's norm on near to 1, smaller ones less. The smaller,
     the more products it takes: 5 iterations for 1.5e-3, 4 for 3e-3, 3 for 1e-2."""
     beta1: Share = 0.9
@@ -431,7 +431,7 @@ class DALLEStageConfig(StageConfig):
     learning_rate: Annotated[float, Field(gt=0)] = 8e-3
     """Peak rate of AdamW, which trains embeddings, heads and norms beside Muon. 2e-3 where it trains matrices, too, and
     no other is given."""
-    muon_smallest: Annotated[float, Field(gt=0, lt=1)] = 1e-2
+    muon_smallest: Annotated[float, Field(ge=1e-6, le=0.5)] = 1e-2
     muon_timescale: Annotated[float, Field(ge=0)] = 0.4
 
     @model_validator(mode="before")

@@ -28,24 +28,20 @@ TOLERANCE = 0.3
 ROUNDING = 1.02
 """How far above its range bf16 may carry a singular value; beyond it polynomials grow without bound."""
 _EXCHANGES = 50
-_LEAST_TOLERANCE = 0.05
 
 
 @lru_cache
-def polar_polynomials(smallest: float, tolerance: float = TOLERANCE) -> tuple[Polynomial, ...]:
-    """The fewest quintics that, one after the other, bring all of [smallest, 1] to within `tolerance` of 1.
+def polar_polynomials(smallest: float) -> tuple[Polynomial, ...]:
+    """The fewest quintics that, one after the other, bring all of [smallest, 1] to within TOLERANCE of 1.
 
     Each is the best for the range that the one before it leaves (Amsel et al. 2025, arXiv 2505.16932), where
     Newton-Schulz iterations take one polynomial for all steps and need more of them.
-    Raises ValueError for a `smallest` outside of (0, 1), or a tolerance below 0.05, which ROUNDING uses up.
+    smallest: 1e-6 to 0.5, else ValueError.
     """
-    if not (0 < smallest < 1 and tolerance >= _LEAST_TOLERANCE):
-        raise ValueError(
-            f"smallest is {smallest} and the tolerance {tolerance}: the first must be above 0 and below 1, "
-            f"the second at least {_LEAST_TOLERANCE}"
-        )
+    if not 1e-6 <= smallest <= 0.5:
+        raise ValueError(f"smallest is {smallest}; quintics are computed for 1e-6 to 0.5")
     low, high, found = smallest, 1.0, list[Polynomial]()
-    while not found or high > (1 + tolerance) * ROUNDING:
+    while not found or high > (1 + TOLERANCE) * ROUNDING:
         polynomial, error = _nearest_to_one(low, high)
         found.append(polynomial)
         low, high = 1 - error, (1 + error) * ROUNDING
