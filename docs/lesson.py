@@ -760,7 +760,7 @@ recipe = Recipe.model_validate(
             "vae": stage(220, 32),
             "clip": stage(120, 64, muon_learning_rate=0.01),
             "prior": stage(120, 64),
-            "dalle": stage(180, 64),
+            "dalle": stage(180, 64, muon_smallest=1.5e-3),
         },
     }
 )
