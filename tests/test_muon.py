@@ -39,8 +39,8 @@ def number_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def test_singular_values_end_near_one_and_singular_vectors_stay(shape: tuple[int, int], number_type: str) -> None:
     matrix = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    out = orthogonalize(torch.stack([matrix, 1024 * matrix]), polar_polynomials(1e-2)).float()
-    assert torch.allclose(out[0], out[1], atol=1e-3)  # the size of a gradient doesn't count
+    out = orthogonalize(torch.stack([matrix, 1000 * matrix]), polar_polynomials(1e-2)).float()
+    assert torch.allclose(out[0], out[1], atol=0.05)  # the size of a gradient doesn't count
     aligned = (u.t() @ out[0] @ v.t()).diagonal()
     assert aligned.min() > 0.3 and aligned.max() < 1.4
 
@@ -109,7 +109,10 @@ def test_a_zero_gradient_moves_nothing(number_type: str) -> None:
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_matrices_move_as_with_pytorch_s_own(weight_decay: float, number_type: str) -> None:
+def test_matrices_move_as_with_pytorch_s_own(
+    weight_decay: float, number_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon_module, "ROUNDING", 1.0)  # PyTorch leaves no room above the norm
     shapes = [(6, 18), (18, 6), (6, 18), (8, 8)]
     ours, theirs = _parameters(*shapes), _parameters(*shapes)
     muon = Muon(ours, lr=0.02, momentum=0.9, weight_decay=weight_decay)
@@ -125,7 +128,7 @@ def test_matrices_move_as_with_pytorch_s_own(weight_decay: float, number_type: s
         muon.step()
         reference.step()
     for mine, other, before in zip(ours, theirs, start, strict=True):
-        assert (mine - other).norm() < 0.05 * (other - before).norm()  # PyTorch iterates in bf16, norms not widened
+        assert (mine - other).norm() < 0.03 * (other - before).norm()  # PyTorch's iterates in bf16
 
 
 def test_kernels_move_as_their_matrices() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ ROUNDING = 1.02
 _EXCHANGES = 50
 
 
-@lru_cache
 def polar_polynomials(smallest: float) -> tuple[Polynomial, ...]:
     """The fewest quintics that, one after the other, bring all of [smallest, 1] to within TOLERANCE of 1.
 
