@@ -7,12 +7,18 @@ import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _OF_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _UNTOUCHED = "what was there before is untouched"
@@ -93,6 +99,47 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         name = str(folder) if error.filename == str(probe) else error.filename
         raise OSError(error.errno, f"{error.strerror}; nothing has been done yet", name) from error
+
+
+class FolderLock:
+    """Keeps a folder to one process, by the system's own lock of it (flock), which ends with the process in any case.
+
+    Where folders can't be locked (Windows, some network disks) every process gets it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    def take(self, wait_sec: float = 0.0) -> bool:
+        """Whether it is this lock's now, or could never be anyone's; waits so long for another to let go.
+
+        Raises OSError where there is no such folder.
+        """
+        if fcntl is None or self._descriptor is not None:
+            return True
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        until = time.monotonic() + wait_sec
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
+                os.close(descriptor)
+                return False
+            except OSError:
+                os.close(descriptor)
+                return True
+            self._descriptor = descriptor
+            return True
+
+    def close(self) -> None:
+        """Lets go, if it is this lock's."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def read_json(path: Path, remedy: str) -> Any:

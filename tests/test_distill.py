@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.stream import NULL
 from dalle_mini_impl.training.run import train
+from dalle_mini_impl.training.task_builder import TaskBuilder
 from dalle_mini_impl.training.tasks.distill import DistillTask
 from tests.processes import train_in_processes
 from tests.test_training_run import DATA, QUICK, crash, lines, terminate, train_interrupted
@@ -55,6 +57,25 @@ def test_the_null_caption_has_nothing_to_learn() -> None:
     metrics, gradient = gradients(task, batch_of(task), None)
     assert metrics["guidance_kl"] == pytest.approx(0.0, abs=1e-6)
     assert all(float(value.abs().max()) < 1e-6 for value in gradient.values())
+
+
+def test_every_weight_has_a_gradient_where_no_row_is_read() -> None:
+    """Processes that train together wait for each other's, whatever rows each of them has."""
+    task = distill_task("dalle.reading_share=0.125")
+    batch = batch_of(task)
+    batch["reads"] = torch.zeros_like(batch["reads"])
+    gradients(task, batch, None)
+    assert not [name for name, weight in task.model.named_parameters() if weight.grad is None]
+
+
+def test_the_teacher_is_where_training_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bundle, device = tiny_bundle(), torch.device("meta")
+    monkeypatch.setattr(TaskBuilder, "cache", lambda self: token_cache())
+    accelerator: Any = SimpleNamespace(device=device)
+    builder = TaskBuilder(bundle.recipe, DATA, data(), tmp_path, accelerator, bundle, None)
+    task = builder.build("distill")
+    assert isinstance(task, DistillTask)
+    assert {weight.device for weight in task.before.parameters()} == {device}
 
 
 def test_it_falls_and_the_teacher_stays() -> None:

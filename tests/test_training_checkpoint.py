@@ -104,6 +104,15 @@ def test_a_state_of_an_earlier_version_is_gone_on_with(tmp_path: Path) -> None:
     assert state["best_file"] == "best.safetensors"
 
 
+@pytest.mark.parametrize("text", ['[{"file": "step-00000005.pt", "step": 5}]', "[]", '[{"filf": "a"}]'])
+def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+    states = StateFolder(tmp_path / "vae")
+    states.save({"step": 5})
+    states.index_path.write_text(text)
+    with pytest.raises(ValueError, match=rf"{states.index_path} is damaged .*; delete {states.folder} to start"):
+        StateFolder(states.folder).load()
+
+
 def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for stage, step in (("vae", 20), ("dalle", 10), ("dalle", 20), ("dalle", 30)):

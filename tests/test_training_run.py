@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from PIL import Image
 from safetensors.torch import load_file
 
+from dalle_mini_impl.cli.train import train as train_command
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.dalle import DALLE
+from dalle_mini_impl.data.prepare import PreparedData
+from dalle_mini_impl.files import FolderLock
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
+from dalle_mini_impl.training.processes import check_settings, make_accelerator
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import ORDER
 from tests.tiny import TIMED, tiny_recipe
@@ -334,3 +341,138 @@ def test_a_plan_is_shared_even_where_a_process_would_not_change_it() -> None:
     )
     loop.StageTrainer._review(trainer, None)  # type: ignore[arg-type]
     assert calls == ["share"]
+
+
+def test_a_folder_that_another_run_trains_in_is_refused_and_free_once_that_ends(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dalle_mini_impl.training.processes.LINGERING_SEC", 0.0)
+    other = FolderLock(finished)
+    assert other.take()
+    with pytest.raises(ValueError, match=f"another process is still training in {finished}: end it first"):
+        train(recipe(), DATA, finished)
+    other.close()
+    assert train(recipe(), DATA, finished)
+    assert other.take(), "it has let go"
+    monkeypatch.setattr("dalle_mini_impl.training.processes.LINGERING_SEC", 60.0)
+    threading.Timer(0.5, other.close).start()
+    assert train(recipe(), DATA, finished), "one that is just ending is waited for"
+
+
+def test_two_runs_that_begin_in_one_folder_dont_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_mini_impl.training.processes.LINGERING_SEC", 0.0)
+    out, other = tmp_path / "run", FolderLock(tmp_path / "run")
+
+    def meanwhile(folder: Path) -> None:
+        folder.mkdir()
+        assert other.take()
+
+    monkeypatch.setattr("dalle_mini_impl.training.run.check_writable", meanwhile)
+    with pytest.raises(ValueError, match="still training"):
+        train(recipe(), DATA, out)
+    assert list(out.iterdir()) == []
+
+
+def _as_if_trained_for(out: Path, trained_sec: float) -> None:
+    """Makes the state of a stopped stage say so."""
+    folder = StateFolder(out / "state" / "vae")
+    folder.save({**folder.load(), "trained_sec": trained_sec})
+
+
+def test_another_budget_counts_from_now_on_and_the_same_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, endless, stages = tmp_path / "run", recipe(steps=100_000), ["vae", "clip"]
+    share = endless.train.vae.budget_share / (endless.train.vae.budget_share + endless.train.clip.budget_share)
+
+    def stopped(budget_sec: float | None, resume: bool = True) -> tuple[float, float]:
+        """Seconds that the VAE has altogether, and those that count as used, after some steps more."""
+        with monkeypatch.context() as patched:
+            interrupt(patched, 3, terminate)
+            assert not train(endless, DATA, out, stages=stages, resume=resume, budget_sec=budget_sec)
+        state, note = StateFolder(out / "state" / "vae").load(), json.loads((out / "run.json").read_text())
+        return state["plan"]["allotted_sec"] / share, note["budget"]["used_sec"]
+
+    assert stopped(3600.0, resume=False)[0] == pytest.approx(3600, rel=0.05)
+    _as_if_trained_for(out, 600.0)
+    for same in (3600.0, None):
+        assert stopped(same)[0] == pytest.approx(3600, rel=0.05)
+    allotted, used_sec = stopped(1000.0)
+    assert allotted == pytest.approx(600 / share + 1000, rel=0.05)
+    assert -620 < used_sec < 0, "what was trained before is taken off again where this stage's time is counted"
+
+
+def test_a_budget_that_is_used_up_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out, endless = tmp_path / "run", recipe(steps=100_000)
+    assert train(endless, DATA, out, stages=["vae"], budget_sec=4.0)
+    note = json.loads((out / "run.json").read_text())
+    note["budget"]["used_sec"] = 5.0
+    (out / "run.json").write_text(json.dumps(note))
+    assert train(endless, DATA, out, stages=["vae", "clip"], resume=True)
+    assert "the budget is used up: clip gets a few steps" in caplog.text
+
+
+def test_pictures_that_changed_are_refused_and_those_of_the_run_stay(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "run"
+    folder.mkdir()
+    for index in range(20):
+        Image.new("RGB", (20, 20), (12 * index, 90, 30)).save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.txt").write_text(f"number {index}")
+    assert train(recipe(), str(folder), out, stages=["vae"])
+    for path in folder.glob("1*"):
+        path.rename(tmp_path / path.name)
+    with pytest.raises(ValueError, match=rf"{folder} changed since {out}/data was made, which stays as it is"):
+        train(recipe(), str(folder), out, stages=["vae", "clip"])
+    assert len(PreparedData.open(out / "data")) == 20
+    folder.rename(tmp_path / "gone")
+    assert train(recipe(), str(folder), out, stages=["vae", "clip"]), "the run has all that it needs"
+    with pytest.raises(ValueError, match=str(folder)):
+        train(recipe(), str(folder), tmp_path / "other", stages=["vae"])
+
+
+def test_pictures_that_are_skipped_and_too_few_captions_are_told_before_anything_is_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("red")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "b.txt").write_text("nothing")
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="clip needs at least 2 captioned training pictures; the data has 1"):
+        train(recipe(), str(tmp_path), out)
+    assert not (out / "state").exists()
+    assert train(recipe(), str(tmp_path), out, stages=["vae"])
+    assert f"1 of 2 pictures are skipped (1 unreadable); {out / 'data-report.json'} names them" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["{", '{"recipf": {}, "data": "shapes", "init_from": null}', "[]"])
+def test_a_damaged_note_is_named(finished: Path, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"{out}/run.json is damaged .* delete {out}, or choose another --out"):
+        train(recipe(), DATA, out)
+    with pytest.raises(ValueError, match=rf"{out}/run.json is damaged"):
+        train_command(DATA, out)
+
+
+def test_only_the_recipe_says_what_numbers_are_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    accelerator = make_accelerator()
+    assert accelerator.mixed_precision == "no"
+    check_settings(accelerator)
+    theirs = SimpleNamespace(distributed_type=DistributedType.NO, mixed_precision="fp16")
+    with pytest.raises(ValueError, match=r"mixed_precision 'fp16': set it to .no.; train\.STAGE\.precision"):
+        check_settings(theirs)  # type: ignore[arg-type]
+    theirs = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, mixed_precision="no")
+    with pytest.raises(ValueError, match="DEEPSPEED isn't supported here: take one of configs/accelerate"):
+        check_settings(theirs)  # type: ignore[arg-type]
+
+
+def test_accumulation_that_the_launcher_is_set_to_changes_no_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(recipe(), DATA, tmp_path / "one", stages=["vae"])
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert train(recipe(), DATA, tmp_path / "other", stages=["vae"])
+    assert lines(tmp_path / "one", "vae") == lines(tmp_path / "other", "vae")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
 import typer
 
-from dalle_mini_impl.cli.processes import LostProcessError, leaving_together
+from dalle_mini_impl.cli.processes import LostProcessError, ending_at_once, leaving_together
 from dalle_mini_impl.memory import keep_freed_memory
 from dalle_mini_impl.threads import use_all_cores
 
@@ -89,25 +90,32 @@ def _load(verb: str) -> Callable[..., Any]:
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         keep_freed_memory()
-        process = os.environ.get("LOCAL_RANK", "0")
-        try:
-            with leaving_together():
-                return command(*args, **kwargs)
-        except (ValueError, FloatingPointError) as error:
-            if process == "0":  # all processes of a machine come to the same end: one speaks
-                typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
-        except (MemoryError, LostProcessError) as error:
-            typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {error or 'no memory'}", err=True)
-            raise typer.Exit(1) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read our output has enough of it
-                raise
-            logging.getLogger("dalle_mini_impl").debug("where it happened", exc_info=True)
-            typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {_explain(error)}", err=True)
-            raise typer.Exit(1) from None
+        with ending_at_once(), reporting_errors():
+            return command(*args, **kwargs)
 
     return guarded
+
+
+@contextlib.contextmanager
+def reporting_errors() -> Iterator[None]:
+    """Makes errors that a person can help one clear message and an exit status."""
+    process = os.environ.get("LOCAL_RANK", "0")
+    try:
+        with leaving_together():
+            yield
+    except (ValueError, FloatingPointError) as error:
+        if process == "0":  # all processes of a machine come to the same end: one speaks
+            typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    except (MemoryError, LostProcessError) as error:
+        typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {error or 'no memory'}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read our output has enough of it
+            raise
+        logging.getLogger("dalle_mini_impl").debug("where it happened", exc_info=True)
+        typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {_explain(error)}", err=True)
+        raise typer.Exit(1) from None
 
 
 def _explain(error: OSError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import typer
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.budget import parse_duration, process_age_sec
+from dalle_mini_impl.training.recipes import read_note
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -134,7 +134,7 @@ def _recipe(
         return Recipe.from_toml(config, overrides)
     note = out / "run.json"
     if note.is_file():
-        base: Mapping[str, Any] = json.loads(note.read_text(encoding="utf-8"))["recipe"]
+        base: Mapping[str, Any] = read_note(note)["recipe"]
     elif init_from is not None and preset is None:
         base = load_bundle(init_from).recipe.model_dump(mode="json")
     elif preset is PresetName.built_in:

@@ -103,30 +103,72 @@ def prepare(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
+    expected: str | None = None,
 ) -> PreparedData:
     """Reads a source (see `sources.open_source`) into a folder, or re-opens the folder if it answers the same request.
 
     Several processes share tar shards out among them; what else there is, the first one reads. A preparation of shards
     that was stopped goes on with the first shard that isn't done. barrier: waits for all processes.
+    expected: the fingerprint of the pictures that have to come out. A folder that has it stays where the source gives
+    others by now, or can't be read any more.
     Pictures that can't be used are skipped, counted and named in the report. Raises ValueError for a source that can't
-    be recognised, NoPicturesError where none remains.
+    be recognised, NoPicturesError where none remains, and ChangedPicturesError where others than expected came out.
     """
     folder = Path(folder)
     if rank:
         _help(spec, config, folder, rank, world_size)
         barrier()  # the first process puts the parts together
     else:
-        source = open_source(spec, config)
-        request = _request(spec, config, source)
-        is_done = _answers(folder, request)
-        parts = None if is_done else ShardParts.of(source, config, folder, request)
-        if parts is not None:
-            parts.fill(0, world_size, progress)
-        barrier()
-        if not is_done:
-            _make(folder, source, spec, config, request, parts, progress)
+        _lead(spec, config, folder, world_size, barrier, progress, expected)
     barrier()
-    return PreparedData.open(folder)
+    data = PreparedData.open(folder)
+    _check_expected(data.fingerprint, expected, spec, folder)
+    return data
+
+
+class ChangedPicturesError(ValueError):
+    """A source gives other pictures or captions than it once did."""
+
+
+def _check_expected(fingerprint: str | None, expected: str | None, spec: str, folder: Path) -> None:
+    if expected not in (None, fingerprint):
+        raise ChangedPicturesError(
+            f"the pictures or captions of {spec} changed since {folder} was made, which stays as it is: bring them "
+            f"back, or choose another --out"
+        )
+
+
+def _lead(
+    spec: str,
+    config: DataConfig,
+    folder: Path,
+    world_size: int,
+    barrier: Callable[[], None],
+    progress: Progress | None,
+    expected: str | None,
+) -> None:
+    """The first process's part of `prepare`."""
+    source = _open_or_do_without(spec, config, folder, expected)
+    request = {} if source is None else _request(spec, config, source)
+    if source is None or _answers(folder, request):
+        barrier()
+        return
+    parts = ShardParts.of(source, config, folder, request)
+    if parts is not None:
+        parts.fill(0, world_size, progress)
+    barrier()
+    _make(folder, source, spec, config, request, parts, progress, expected)
+
+
+def _open_or_do_without(spec: str, config: DataConfig, folder: Path, expected: str | None) -> Source | None:
+    """The source; None where it can't be opened any more and the folder has what is expected of it."""
+    try:
+        return open_source(spec, config)
+    except (ValueError, OSError) as error:
+        if expected is None or _fingerprint(folder) != expected:
+            raise
+        logger.warning("%s can't be read any more, its pictures in %s are taken: %s", spec, folder, error)
+        return None
 
 
 def _request(spec: str, config: DataConfig, source: Source) -> dict[str, Any]:
@@ -160,8 +202,9 @@ def _make(
     request: dict[str, Any],
     parts: ShardParts | None,
     progress: Progress | None,
+    expected: str | None,
 ) -> None:
-    """Writes the folder and removes what it was made of."""
+    """Writes the folder and removes what it was made of. Raises ChangedPicturesError before anything is replaced."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     for ending in ("partial", "old"):
         remove_leftovers(folder.parent, f".{glob.escape(folder.name)}.*.{ending}")
@@ -170,6 +213,7 @@ def _make(
     try:
         with naming(folder):
             _fill(partial, source, spec, config, request, parts, progress)
+        _check_expected(_fingerprint(partial), expected, spec, folder)
         _move_into_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -185,6 +229,14 @@ def _answers(folder: Path, request: dict[str, Any]) -> bool:
         return bool(index["files_key"] == files_key(Path(path) for path in index["files"]))
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Of the pictures in a prepared folder; None where there are none."""
+    try:
+        return str(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:

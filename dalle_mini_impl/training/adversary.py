@@ -143,7 +143,8 @@ class Adversary:
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"vqgan: the discriminator's gradient was not finite in {self.skipped_in_a_row} steps in a row; "
-                f"lower vqgan.discriminator_learning_rate or set train.vqgan.precision to fp32"
+                f"delete the run's folder state/vqgan and start the stage over with a lower "
+                f"vqgan.discriminator_learning_rate, or with train.vqgan.precision set to fp32"
             )
 
     def state_dict(self) -> dict[str, Any]:

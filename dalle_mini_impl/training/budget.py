@@ -85,6 +85,10 @@ class Budget:
         """Seconds used so far."""
         return self.clock() - self._start
 
+    def is_used_up(self) -> bool:
+        """Whether nothing is left of it."""
+        return self.total_sec is not None and self.elapsed_sec() >= self.total_sec
+
     def for_stage(self, stage: str, remaining: Sequence[str], shares: Mapping[str, float]) -> float | None:
         """Seconds for a stage: its share, among the stages that remain (itself included), of the time that remains."""
         if self.total_sec is None:
@@ -145,6 +149,17 @@ class StageClock:
         self._timed_steps = 0
         self._timed_sec = 0.0
         self._step_start = self.start
+
+    def go_on(self, trained_sec: float, plan: Plan | None, *, has_new_time: bool = False) -> None:
+        """Takes up a stage that has been trained for so long, under its own plan if it had one.
+
+        has_new_time: what is allotted now comes on top of what has been trained, and the stage measures its speed anew.
+        """
+        self.start -= trained_sec
+        if has_new_time and self.plan.allotted_sec is not None:
+            self.plan.allotted_sec += trained_sec
+        elif plan is not None:
+            self.plan = plan
 
     def step_started(self) -> None:
         """Call before a step's batch is asked for."""

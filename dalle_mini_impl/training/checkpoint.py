@@ -125,6 +125,8 @@ class StateFolder:
         if not self.index_path.is_file():
             return []
         entries: list[dict[str, Any]] = read_json(self.index_path, self._start_over)
+        if not entries or not all({"file", "step", "sha256"} <= set(entry) for entry in entries):
+            raise ValueError(f"{self.index_path} is damaged (a state has no file, step or sha256); {self._start_over}")
         return entries
 
     def _fault(self, entry: Mapping[str, Any]) -> str | None:

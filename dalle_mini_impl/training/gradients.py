@@ -130,7 +130,7 @@ class Gradients:
             with contextlib.nullcontext() if last else no_sync(self.module, accelerator):
                 loss, parts = self.module(micro_batch, context)
                 if loss.requires_grad:
-                    accelerator.backward(loss * world)  # DDP averages over processes what has to be summed
+                    (loss * world).backward()  # DDP averages over processes what has to be summed
             for name, value in {"loss": loss, **parts}.items():
                 metrics[name] = metrics[name] + value.detach() if name in metrics else value.detach()
         return metrics

@@ -363,8 +363,8 @@ class StageTrainer:
             "trained_sec": self._elapsed(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where a saved state stopped."""
+    def load_state_dict(self, state: dict[str, Any], *, has_new_time: bool = False) -> None:
+        """Goes on where a saved state stopped; has_new_time: what is allotted counts from now on."""
         self.step = state["step"]
         own = self.task.model.state_dict()
         shared = {name: part_like(value, own.get(name, value)) for name, value in state["model"].items()}
@@ -373,8 +373,6 @@ class StageTrainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
         self.task.load_state_dict(state.get("task", {}))
-        if state["plan"]["total_steps"] is not None:
-            self.clock.plan = Plan(**state["plan"])
         self.best, self.best_evaluation = state["best"], state["best_evaluation"]
         self.best_file = state["best_file"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state.get("skipped_in_a_row", 0)
@@ -382,7 +380,8 @@ class StageTrainer:
         self.is_compiled = state.get("is_compiled", False) and not self.replica  # other kernels give other bits
         self.running = Running.own_part(state["running"], self.accelerator)
         self.trained_sec = state["trained_sec"]
-        self.clock.start -= self.trained_sec
+        plan = None if state["plan"]["total_steps"] is None else Plan(**state["plan"])
+        self.clock.go_on(self.trained_sec, plan, has_new_time=has_new_time)
         self._last_log = (time.monotonic(), self.step)
         self.log.rewind(self.task.stage, self.step)
 

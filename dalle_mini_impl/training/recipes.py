@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
+from dalle_mini_impl.files import read_json
 from dalle_mini_impl.pretrained import Bundle
 
 logger = logging.getLogger("dalle_mini_impl.training")
@@ -73,6 +74,20 @@ _ADDED: dict[str, frozenset[str]] = {
 """Keys that are 0 where a model hasn't got a part, which fine-tuning can add."""
 _ENDED = frozenset({"caption_layers", "reading_share"})
 """Those of them whose part fine-tuning can leave out, where the recipe itself says 0."""
+
+
+_NOTED = ("recipe", "data", "init_from")
+"""What `check_unchanged` asks of a run's note."""
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """A run's run.json. Raises ValueError that names it where it is damaged."""
+    remedy = f"delete {path.parent}, or choose another --out"
+    note: dict[str, Any] = read_json(path, remedy)
+    missing = [key for key in _NOTED if not isinstance(note, dict) or key not in note]
+    if missing:
+        raise ValueError(f"{path} is damaged (it has no {' and no '.join(missing)}); {remedy}")
+    return note
 
 
 def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] = STAGES) -> Recipe:

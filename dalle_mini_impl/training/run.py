@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from torch import nn
 from dalle_mini_impl.config import Recipe, Stage, StageConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
-from dalle_mini_impl.files import check_writable, read_json, write_atomically, write_json
+from dalle_mini_impl.files import FolderLock, check_writable, write_atomically, write_json
 from dalle_mini_impl.pretrained import (
     Bundle,
     load_bundle,
@@ -37,12 +38,13 @@ from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training.budget import Budget
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.loop import StageTrainer
-from dalle_mini_impl.training.processes import check_shared, make_accelerator
+from dalle_mini_impl.training.processes import check_settings, check_shared, keep_to_this_run, make_accelerator
 from dalle_mini_impl.training.progress import MetricsLog
-from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged
+from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged, read_note
 from dalle_mini_impl.training.stages import asked_for, outdated_by, stage_order
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task_builder import TaskBuilder, read_pictures
+from dalle_mini_impl.training.tasks.base import captioned, check_captioned
 from dalle_mini_impl.training.tasks.distill import unguided
 from dalle_mini_impl.training.tracking import Tracking, build_trackers, check_trackers, new_run_id
 
@@ -83,15 +85,19 @@ def train(
     again, and ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
     check_trackers(track)
-    with StopSignal() as stop:
+    accelerator = accelerator or make_accelerator()
+    check_settings(accelerator)
+    lock = FolderLock(Path(out))
+    with StopSignal() as stop, closing(lock):
         try:
+            keep_to_this_run(lock, accelerator)
             wanted = asked_for(recipe) if stages is None else stages
-            run = Run(recipe, data_spec, Path(out), accelerator or make_accelerator(), init_from, stop, wanted, reasons)
+            run = Run(recipe, data_spec, lock, accelerator, init_from, stop, wanted, reasons)
             todo = run.unfinished(asked_for(run.recipe) if stages is None else stages, resume)
             run.begin(Budget(budget_sec, already_sec=already_sec), resume)
             if todo:
                 run.start_tracking(track, todo[0])
-            run.prepare()
+            run.prepare(todo)
             return all(run.train_stage(stage, todo[index:]) for index, stage in enumerate(todo))
         except RuntimeError as error:
             if stop.is_requested():  # another process was told to stop, too, and was the first to go
@@ -110,14 +116,16 @@ class Run:
         self,
         recipe: Recipe,
         data_spec: str,
-        out: Path,
+        lock: FolderLock,
         accelerator: Accelerator,
         init_from: str | None,
         stop: StopSignal,
         stages: Sequence[Stage],
         reasons: Sequence[str] = (),
     ) -> None:
-        self.out, self.data_spec, self.accelerator, self.stop = out, data_spec, accelerator, stop
+        self.lock, self.out = lock, lock.folder
+        self.data_spec, self.accelerator, self.stop = data_spec, accelerator, stop
+        out = self.out
         self.is_main: bool = accelerator.is_main_process
         self.states = {stage: StateFolder(out / "state" / stage) for stage in stage_order(recipe)}
         self.tracking = Tracking(accelerator)
@@ -125,7 +133,7 @@ class Run:
         self._note_path = out / "run.json"
         self._note: dict[str, Any] = {}
         if self._note_path.is_file():
-            self._note = read_json(self._note_path, f"delete {out}, or choose another --out")
+            self._note = read_note(self._note_path)
         self._tracking_id: str | None = self._note.get("tracking_id")
         self._reasons = list(reasons) or self._note.get("reasons", [])
         self._init_from = init_from if init_from is not None else self._note.get("init_from")
@@ -154,9 +162,14 @@ class Run:
         return todo
 
     def begin(self, budget: Budget, resume: bool) -> None:
-        """Sets the run's budget: a resumed run that is given none has what earlier processes left of its own."""
+        """Sets the run's budget: a resumed run that is given none, or its own, has what earlier processes left of it.
+
+        Another one counts from now on, for the stage that goes on as for those that follow.
+        """
         noted = self._note.get("budget")
-        if resume and budget.total_sec is None and noted is not None:
+        self._is_new_budget = budget.total_sec is not None
+        if resume and noted is not None and budget.total_sec in (None, noted["total_sec"]):
+            self._is_new_budget = False
             budget = Budget(noted["total_sec"], already_sec=noted["used_sec"] + budget.elapsed_sec())
         self.budget = budget
 
@@ -175,13 +188,18 @@ class Run:
         others = (state for name, state in self.states.items() if name != stage and state.finished)
         return sum(int(state.summary()["steps"]) for state in others)
 
-    def prepare(self) -> None:
-        """Pictures, captions, tokenizer and the models that there are; the main process first."""
+    def prepare(self, todo: Sequence[Stage]) -> None:
+        """Pictures, captions, tokenizer and the models that there are; the main process first.
+
+        todo: the stages to train, for which the pictures have to suffice.
+        """
         if self.is_main:
             check_writable(self.out)
+        keep_to_this_run(self.lock, self.accelerator)
         check_shared(self.out, self.accelerator)
-        self.data = read_pictures(self.data_spec, self.recipe.data, self.out, "data", self.accelerator)
-        self._check_data()
+        noted = self._note.get("data_fingerprint")
+        self.data = read_pictures(self.data_spec, self.recipe.data, self.out, "data", self.accelerator, noted)
+        self._check_data(todo)
         checkpoint = self.out / "checkpoint"
         if self.is_main and not (checkpoint / "config.json").is_file():
             if self._initial is not None:
@@ -202,18 +220,32 @@ class Run:
             stream.num_image_tokens,
         )
 
-    def _check_data(self) -> None:
-        noted = self._note.get("data_fingerprint")
-        if noted is not None and noted != self.data.fingerprint:
-            raise ValueError(f"the pictures or captions of {self.data_spec} changed since {self.out} was begun")
+    def _check_data(self, todo: Sequence[Stage]) -> None:
+        report = self.data.report
         if not len(self.data.train):
             raise ValueError(f"{self.data_spec} has no training pictures; see {self.out / 'data' / 'data-report.json'}")
+        for stage in ("clip", "prior"):
+            if stage in todo:
+                check_captioned(stage, captioned(self.data, self.data.train))
+        if report["kept"] < report["pictures"]:
+            skipped = {reason: facts["count"] for reason, facts in report["skipped"].items() if facts["count"]}
+            listed = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+            logger.warning(
+                "%d of %d pictures are skipped (%s); %s names them",
+                report["pictures"] - report["kept"],
+                report["pictures"],
+                listed,
+                self.out / "data-report.json",
+            )
         if not len(self.data.validation):
             logger.warning("no picture is held out: evaluations use training pictures and don't show overfitting")
 
-    def _write_note(self) -> None:
-        """Notes what the run is and, at the end of each stage, the time that it has used."""
-        budget = self.budget
+    def _write_note(self, before_sec: float = 0.0) -> None:
+        """Notes what the run is and the time that it has used, without that of the stage that is not finished.
+
+        before_sec: what this stage had trained before the budget was given, which must not count later on either.
+        """
+        budget, used_sec = self.budget, self.budget.elapsed_sec() - before_sec
         self._note = {
             "recipe": self.recipe.model_dump(mode="json"),
             "reasons": self._reasons,
@@ -221,7 +253,7 @@ class Run:
             "init_from": self._init_from,
             "data_fingerprint": self.data.fingerprint,
             "tracking_id": self._tracking_id,
-            "budget": budget.total_sec and {"total_sec": budget.total_sec, "used_sec": budget.elapsed_sec()},
+            "budget": budget.total_sec and {"total_sec": budget.total_sec, "used_sec": used_sec},
         }
         if self.is_main:
             text = self.recipe.to_toml([f"--data {self.data_spec}", *self._reasons])
@@ -305,11 +337,16 @@ class Run:
         num_parameters = sum(p.numel() for p in task.model.parameters())
         logger.info("%s: %s parameters", stage, f"{num_parameters:,}")
         if state.started:
-            trainer.load_state_dict(state.load())
-            self.budget.count(trainer.trained_sec)
+            trainer.load_state_dict(state.load(), has_new_time=self._is_new_budget)
+            if self._is_new_budget:
+                self._write_note(before_sec=trainer.trained_sec)
+            else:
+                self.budget.count(trainer.trained_sec)
             logger.info("%s goes on after step %d", stage, trainer.step)
         else:
             self.log.rewind(stage, -1)
+        if self.budget.is_used_up():
+            logger.warning("the budget is used up: %s gets a few steps; --resume --budget TIME gives it more", stage)
         with self.stop.waiting():
             is_finished = trainer.run()
             if is_finished:

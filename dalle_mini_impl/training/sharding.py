@@ -55,8 +55,6 @@ class Sharding:
             and "set it to false and train.STAGE.micro_batch_size in the recipe",
             "fsdp_ignored_modules": plugin.ignored_modules and "leave it out",
             "parallelism_config": getattr(accelerator, "parallelism_config", None) and "leave it out",
-            "mixed_precision": accelerator.mixed_precision != "no"
-            and 'set it to "no": train.STAGE.precision in the recipe says it',
         }
         for setting, remedy in refused.items():
             if remedy:

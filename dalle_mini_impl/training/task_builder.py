@@ -88,7 +88,8 @@ class TaskBuilder:
                     "distill trains a DALL·E further: train --stage dalle first, or start from a checkpoint with "
                     "--init-from"
                 )
-            return DistillTask(bundle.dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
+            teacher = bundle.dalle.to(self.accelerator.device)  # the loop moves what it trains alone
+            return DistillTask(teacher, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
         dalle = self._model(stage, self._build_learning_dalle)
         return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
 
@@ -194,8 +195,15 @@ class TaskBuilder:
             )
 
 
-def read_pictures(data_spec: str, config: DataConfig, out: Path, folder: str, accelerator: Accelerator) -> PreparedData:
-    """The pictures of a run's data, prepared by all processes in OUT/folder.
+def read_pictures(
+    data_spec: str,
+    config: DataConfig,
+    out: Path,
+    folder: str,
+    accelerator: Accelerator,
+    expected: str | None = None,
+) -> PreparedData:
+    """The pictures of a run's data, prepared by all processes in OUT/folder; expected: see `prepare`.
 
     Raises ValueError where none can be used; OUT/data-report.json then names each.
     """
@@ -209,6 +217,7 @@ def read_pictures(data_spec: str, config: DataConfig, out: Path, folder: str, ac
                 world_size=accelerator.num_processes,
                 barrier=accelerator.wait_for_everyone,
                 progress=progress,
+                expected=expected,
             )
     except NoPicturesError as error:
         path = out / "data-report.json"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dalle_mini_impl.config import Stage
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices
@@ -49,6 +50,12 @@ class BaseTask:
 def captioned(data: PreparedData, indices: Indices) -> Indices:
     """Those of the pictures that have a caption."""
     return np.array([index for index in indices if data.captions[index]], dtype=np.int64)
+
+
+def check_captioned(stage: Stage, indices: Indices) -> None:
+    """Raises ValueError where a stage that contrasts captions has fewer than two captioned pictures."""
+    if len(indices) < 2:
+        raise ValueError(f"{stage} needs at least 2 captioned training pictures; the data has {len(indices)}")
 
 
 def pick_caption(captions: Sequence[str], rng: np.random.Generator) -> str:

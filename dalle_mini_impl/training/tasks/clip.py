@@ -21,7 +21,7 @@ from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, rows_where, sample_rng
 from dalle_mini_impl.training.hard_negatives import CaptionChanger
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
-from dalle_mini_impl.training.tasks.base import BaseTask, captioned, encode, pick_caption
+from dalle_mini_impl.training.tasks.base import BaseTask, captioned, check_captioned, encode, pick_caption
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 logger = logging.getLogger("dalle_mini_impl.training")
@@ -50,8 +50,7 @@ class CLIPTask(BaseTask):
         self.captioned = captioned(data, data.train)
         self.num_negatives = recipe.clip.hard_negatives
         self.changer = CaptionChanger(c for i in self.captioned for c in data.captions[i])
-        if len(self.captioned) < 2:
-            raise ValueError(f"clip needs at least 2 captioned training pictures; the data has {len(self.captioned)}")
+        check_captioned(self.stage, self.captioned)
         self.num_items = len(self.captioned)
         self.decoder = decoder
         self.reconstructed_share = recipe.clip.reconstructed_share if decoder is not None else 0.0

@@ -60,7 +60,9 @@ class DistillTask(DALLETask):
         if config.reading_share:
             read = dalle.loss(text[reads], batch["ids"][read_rows], reads=reads[reads]) if len(read_rows) else None
             parts["read_nll"] = torch.zeros_like(num_read) if read is None else read.read_nll_sum / num_read
-            loss = loss + config.reading_share * parts["read_nll"]
+            assert dalle.reading is not None
+            nothing = 0 * dalle.reading.weight.sum()  # DDP waits for its gradient, also where no row is read
+            loss = loss + config.reading_share * parts["read_nll"] + nothing
         return loss, parts
 
     def _divergence(self, dalle: DALLE, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, sample_rng
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
-from dalle_mini_impl.training.tasks.base import BaseTask, captioned, encode, pick_caption
+from dalle_mini_impl.training.tasks.base import BaseTask, captioned, check_captioned, encode, pick_caption
 
 _MAX_FITTED, _MAX_FITTED_DOTS = 100_000, 4096  # pictures, evenly spaced over those of training
 
@@ -45,8 +45,7 @@ class PriorTask(BaseTask):
         self.model: nn.Module = model
         self.data, self.recipe, self.tokenizer, self.clip, self.embeddings = data, recipe, tokenizer, clip, embeddings
         self.captioned = captioned(data, data.train)
-        if len(self.captioned) < 2:
-            raise ValueError(f"prior needs at least 2 captioned training pictures; the data has {len(self.captioned)}")
+        check_captioned(self.stage, self.captioned)
         self.num_items = len(self.captioned)
         self.held_out = captioned(data, evaluation.held_out(data))
         if not len(self.held_out):
