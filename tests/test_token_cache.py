@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -21,6 +22,9 @@ from dalle_mini_impl.data.token_cache import (
 from dalle_mini_impl.data.views import apply_view
 from dalle_mini_impl.vae.model import DiscreteVAE
 from tests.tiny import tiny_bundle
+
+NO_PID = 2**22 + 1
+"""Linux gives no process a larger one than 2**22."""
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +83,40 @@ def test_processes_fill_in_one_file(vae: DiscreteVAE, pictures: np.ndarray, tmp_
 
     def barrier() -> None:  # while the first process waits for the others, the second one does its part
         if len(second_done) == 1:
-            parts = np.lib.format.open_memmap(tmp_path / "two" / ".tokens.npy.partial", mode="r+")
+            parts = np.lib.format.open_memmap(tmp_path / "two" / f".tokens.npy.{NO_PID}.partial", mode="r+")
             parts[:, 5:] = whole.tokens[:, 5:]
             parts.flush()
         second_done.append(True)
 
-    shared = TokenCache.build(tmp_path / "two", vae, pictures, ["plain"], "f", workers=Workers(0, 2, barrier))
+    workers = Workers(0, 2, barrier, NO_PID)
+    shared = TokenCache.build(tmp_path / "two", vae, pictures, ["plain"], "f", workers=workers)
     assert np.array_equal(shared.tokens, whole.tokens)
+
+
+def test_a_half_written_cache_is_left_to_a_living_process_and_removed_for_a_dead_one(
+    vae: DiscreteVAE, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    living, dead = (tmp_path / f".tokens.npy.{pid}.partial" for pid in (os.getppid(), NO_PID))
+    for path in (living, dead):
+        path.write_bytes(b"half a file")
+    TokenCache.build(tmp_path, vae, pictures, ["plain"], "f")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [living.name, "tokens.json", "tokens.npy"]
+    assert living.read_bytes() == b"half a file"
+
+
+def test_a_cache_is_replaced_where_it_is_mapped_or_a_link(
+    vae: DiscreteVAE, pictures: np.ndarray, tmp_path: Path
+) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    mapped = TokenCache.build(theirs, vae, pictures, ["plain"], "f")
+    before = mapped.tokens.copy()
+    ours.mkdir()
+    for path in theirs.iterdir():
+        (ours / path.name).symlink_to(path)
+    assert TokenCache.open(ours, "f") is not None
+    TokenCache.build(ours, vae, 255 - pictures[:5], ["plain"], "g")
+    assert TokenCache.open(ours, "g") is not None and TokenCache.open(theirs, "f") is not None
+    assert np.array_equal(mapped.tokens, before) and np.array_equal(np.load(theirs / "tokens.npy"), before)
 
 
 def test_a_stale_or_broken_cache_is_not_opened(vae: DiscreteVAE, pictures: np.ndarray, tmp_path: Path) -> None:

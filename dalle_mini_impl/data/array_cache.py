@@ -1,15 +1,17 @@
 """What is computed once for all pictures and kept as a memory-mapped array: FOLDER/NAME.npy, made by all processes.
 
-FOLDER/NAME.json holds the fingerprint of what it was made from. Neither is there before it is whole.
+FOLDER/NAME.json holds the fingerprint of what it was made from. Neither is there before it is whole, and what is there
+is replaced, not changed: another process may have it mapped, and a link leads to another run.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from dalle_mini_impl.files import reserve, write_json
+from dalle_mini_impl.files import remove_leftovers, reserve, write_json
 
 Fill = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], None]
 """Fills in the places (second axis) of one process's pictures."""
@@ -26,11 +28,15 @@ Fill = Callable[[npt.NDArray[Any], npt.NDArray[np.int64]], None]
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that fill an array together; barrier waits for all of them."""
+    """This process among those that fill an array together.
+
+    barrier: waits for all of them. first_pid: of the process of rank 0; it is in the name of what isn't whole yet.
+    """
 
     rank: int = 0
     world_size: int = 1
     barrier: Callable[[], None] = lambda: None
+    first_pid: int = field(default_factory=os.getpid)
 
 
 def weights_digest(model: nn.Module, *keys: Any, without: str | None = None) -> str:
@@ -67,8 +73,9 @@ def build_array(
 ) -> None:
     """Makes an array (V, M, …) of M pictures, each process its share of them; facts are noted beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}.npy.partial"
+    partial = folder / f".{name}.npy.{workers.first_pid}.partial"
     if workers.rank == 0:
+        remove_leftovers(folder, f".{glob.escape(name)}.npy.*.partial")
         (folder / f"{name}.json").unlink(missing_ok=True)
         np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape).flush()
         reserve(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import uuid
 from datetime import timedelta
@@ -12,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from dalle_mini_impl.files import FolderLock
+
+from dalle_mini_impl.data.array_cache import Workers
 
 LONGEST_WAIT = timedelta(hours=24)
 """How long processes wait for each other: the first one may read pictures for hours. One that dies ends the others."""
@@ -61,6 +64,14 @@ def keep_to_this_run(lock: FolderLock, accelerator: Accelerator) -> None:
             f"another process is still training in {lock.folder}: end it first (a launcher that was killed can leave "
             f"its processes behind), or choose another --out"
         )
+
+
+def workers_of(accelerator: Accelerator) -> Workers:
+    """The processes, as they fill an array together."""
+    pids = [os.getpid()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(pids)
+    return Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone, pids[0])
 
 
 def check_shared(folder: Path, accelerator: Accelerator) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from dalle_mini_impl.config import DataConfig, Recipe, Stage
 from dalle_mini_impl.dalle import DALLE
-from dalle_mini_impl.data.array_cache import Workers, weights_digest
+from dalle_mini_impl.data.array_cache import weights_digest
 from dalle_mini_impl.data.embedding_cache import EmbeddingCache, embedding_fingerprint
 from dalle_mini_impl.data.prepare import PreparedData, prepare
 from dalle_mini_impl.data.report import NoPicturesError
@@ -22,6 +22,7 @@ from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
 from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pretrained import Bundle, build_clip, build_dalle, build_prior, build_upscaler, build_vae
 from dalle_mini_impl.training.batches import derive_seed
+from dalle_mini_impl.training.processes import workers_of
 from dalle_mini_impl.training.progress import counting
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
 from dalle_mini_impl.training.tasks.clip import CLIPTask
@@ -190,7 +191,7 @@ class TaskBuilder:
                 views,
                 fingerprint,
                 autocast=lambda: autocast(accelerator.device, dtype),
-                workers=Workers(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+                workers=workers_of(accelerator),
                 progress=progress,
             )
 
