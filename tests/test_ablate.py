@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import typer
 from accelerate import Accelerator
 
 from dalle_mini_impl.bench.ablate import (
     JUDGED,
     Ablation,
     arm_folder,
-    begin_from,
     judged,
     judging,
     read_plan,
     read_recipes,
     share_out,
-    shared_stages,
     table,
 )
+from dalle_mini_impl.bench.ablate import main as ablate
+from dalle_mini_impl.bench.base_run import begin_from, check_base, shared_stages
 from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.config import STAGES, Recipe, Stage
+from dalle_mini_impl.data.array_cache import Workers, build_array
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.run import train
 from tests.test_emoji import needs_font
 from tests.tiny import TINY_VALUES, tiny_checkpoint
 
 DATA = "shapes:count=40"
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize(
@@ -137,9 +142,60 @@ def test_an_arm_begins_with_the_finished_stages_of_its_base(base: Path, tmp_path
     assert bundle.dalle is None and bundle.vae is not None and theirs.vae is not None
     for name, weight in bundle.vae.state_dict().items():
         assert weight.equal(theirs.vae.state_dict()[name]), name
+    recipe = Recipe.from_toml(base / "recipe.toml")
+    with pytest.raises(ValueError, match=r"arm holds no run \(no run\.json\)"):
+        check_base(tmp_path / "arm", DATA, recipe, ["vae", "clip"])
+    (tmp_path / "arm" / "run.json").symlink_to(base / "run" / "run.json")
+    check_base(tmp_path / "arm", DATA, recipe, ["vae", "clip"])
     (tmp_path / "arm" / "state" / "clip" / "finished.json").unlink()
+    check_base(tmp_path / "arm", DATA, recipe, ["vae"])
     with pytest.raises(ValueError, match="has not finished clip"):
-        begin_from(tmp_path / "arm", tmp_path / "other", ["vae", "clip"])
+        check_base(tmp_path / "arm", DATA, recipe, ["vae", "clip"])
+
+
+def test_an_arm_never_writes_into_the_cache_of_its_base(base: Path, tmp_path: Path) -> None:
+    cached = base / "run" / "cache"
+    before = {path.name: path.read_bytes() for path in cached.iterdir()}
+    begin_from(base / "run", tmp_path / "arm", ["vae", "clip"])
+    own = tmp_path / "arm" / "cache"
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before, "it doesn't share the ids"
+    build_array(own, "tokens", "of other pictures", (1, 2, 3), np.uint16, lambda array, share: None, Workers(), {})
+    assert np.load(own / "tokens.npy").shape == (1, 2, 3)
+    assert {path.name: path.read_bytes() for path in cached.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("data", "common", "changed"),
+    [
+        ("shapes:count=50", [], r"--data was shapes:count=40, now shapes:count=50"),
+        (DATA, ["vae.codebook_size=24"], r"vae\.codebook_size was 32, now 24"),
+        (DATA, ["clip.width=24", "text.max_length=20"], r"text\.max_length was 16, now 20; clip\.width was 16, now 24"),
+        (DATA, ["data.validation_fraction=0.2"], r"data\.validation_fraction was 0\.05, now 0\.2"),
+    ],
+)
+def test_arms_that_differ_from_their_base_in_what_they_take_over_are_refused_before_any_is_run(
+    base: Path, tmp_path: Path, data: str, common: list[str], changed: str
+) -> None:
+    ablation = Ablation(base / "recipe.toml", data, tmp_path / "out", base=base / "run", common=common)
+    with pytest.raises(ValueError, match=rf"can't start from .*run \({changed}\): give them what it was trained with"):
+        ablation.run({"alone": ["vae.width=16"], "as it is": []})
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_recipe_than_that_of_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "other.toml"
+    recipe.write_text((base / "recipe.toml").read_text().replace("codebook_size = 32", "codebook_size = 24"))
+    with pytest.raises(ValueError, match=r"vae\.codebook_size was 32, now 24"):
+        Ablation(recipe, DATA, tmp_path / "out", base=base / "run").run({"as it is": []})
+
+
+def test_the_documented_arms_have_the_data_of_their_base() -> None:
+    (data,) = set(re.findall(r"--data (\S+) --out runs/shapes ", (ROOT / "README.md").read_text()))
+    sources = [*(CONFIGS / "ablations").glob("*.toml"), ROOT / "dalle_mini_impl" / "bench" / "law.py"]
+    texts = [path.read_text() for path in sources] + [(ROOT / "docs" / "experiments.md").read_text().split("\n## ")[0]]
+    arms = [name for text in texts for name in re.findall(r"--data (\S+)[\s\\#]+--base runs/shapes ", text)]
+    assert arms == [data] * 4
+    assert f"--data {data} --out runs/shapes " in (CONFIGS / "shapes.toml").read_text()
 
 
 def test_arms_are_trained_judged_and_not_repeated(base: Path, tmp_path: Path) -> None:
@@ -151,8 +207,58 @@ def test_arms_are_trained_judged_and_not_repeated(base: Path, tmp_path: Path) ->
     written = (tmp_path / "results.jsonl").read_text()
     assert ablation.run({"more steps": ["train.dalle.steps=3"]}) == results[1:]
     assert (tmp_path / "results.jsonl").read_text() == written
-    with pytest.raises(RuntimeError, match="train failed with exit status 2"):
-        ablation.run({"broken": ["dalle.dims=3"]})
+    with pytest.raises(ValueError, match=r"dalle\.dims"):
+        ablation.run({"fine": [], "broken": ["dalle.dims=3"]})
+    assert (tmp_path / "results.jsonl").read_text() == written, "an arm was run before the broken one was found"
+
+
+def test_a_result_of_something_else_is_not_taken_for_the_arms(base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text((base / "recipe.toml").read_text())
+    ablation, arm = Ablation(recipe, DATA, tmp_path / "out", base=base / "run", prompts=0), {"an arm": ["seed=1"]}
+    ablation.out.mkdir()
+    row = {"arm": "an arm", "settings": ["seed=1"], "budget": None, "cores": 1}
+    row |= {"measured_with": ablation.measured_with("an arm", ["seed=1"]), "dalle_steps": 2}
+    (ablation.out / "results.jsonl").write_text(json.dumps(row) + "\n")
+    assert ablation.run(arm) == [row]
+    others = [
+        (ablation, {"an arm": ["seed=2"]}, "recipe.seed was 1, now 2"),
+        (replace(ablation, data="shapes:count=50"), arm, "data was shapes:count=40, now shapes:count=50"),
+        (replace(ablation, budget="1m"), arm, "budget was None, now 1m"),
+        (replace(ablation, prompts=2), arm, "prompts was 0, now 2"),
+        (replace(ablation, base=None), arm, f"base was {base / 'run'}, now None"),
+        (replace(ablation, common=["dalle.layers=1"]), arm, "recipe.dalle.layers was 2, now 1"),
+    ]
+    for other, arms, changed in others:
+        with pytest.raises(ValueError, match=re.escape(f"({changed}): choose another --out, or give the arm another")):
+            other.run(arms)
+    recipe.write_text(recipe.read_text().replace("layers = 2", "layers = 3"))
+    with pytest.raises(ValueError, match=r"recipe\.dalle\.layers was 2, now 3"):
+        ablation.run(arm)
+
+
+def test_a_result_of_an_earlier_version_counts_for_what_it_says(base: Path, tmp_path: Path) -> None:
+    row = {"arm": "an arm", "settings": ["seed=1"], "budget": "1m", "cores": 1, "dalle_steps": 2}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    ablation = Ablation(base / "recipe.toml", DATA, tmp_path, budget="1m")
+    assert ablation.run({"an arm": ["seed=1"]}) == [row]
+    with pytest.raises(ValueError, match=r"settings was \['seed=1'\], now \['seed=2'\]"):
+        ablation.run({"an arm": ["seed=2"]})
+    with pytest.raises(ValueError, match=r"budget was 1m, now 2m"):
+        replace(ablation, budget="2m").run({"an arm": ["seed=1"]})
+    own = base / "recipe.toml"
+    with pytest.raises(ValueError, match=r"own recipe was None, now .*recipe\.toml"):
+        replace(ablation, recipes={"an arm": own}).run({"an arm": ["seed=1"]})
+
+
+def test_a_command_that_fails_is_one_clear_line(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.toml").write_text('[arms]\n"as it is" = []\n')
+    with pytest.raises(typer.Exit) as ended:
+        ablate(tmp_path / "plan.toml", base / "recipe.toml", "no-such-folder", tmp_path / "out")
+    assert ended.value.exit_code == 1
+    log = tmp_path / "out" / "as_it_is.log"
+    assert capsys.readouterr().err == f"error: train failed with exit status 2; its last words are in {log}\n"
+    assert "no-such-folder" in log.read_text()
 
 
 @needs_font

@@ -1,9 +1,10 @@
 """``python -m dalle_mini_impl.bench.ablate``: arms of one recipe, each trained for the same time, and judged.
 
-An arm is the recipe with a few settings changed. Where a finished run is given as --base, an arm starts from all of
-it that its settings don't touch: pictures, tokenizer, VAE, id cache, CLIP. So arms about the transformer differ in
-the transformer alone. Each runs in a process of its own, on its own share of the cores. Arms that are in the results
-already are not repeated, so a stopped ablation goes on where it was.
+An arm is the recipe with a few settings changed. Where a finished run of the same --data is given as --base, an arm
+starts from all of it that its settings don't touch: pictures, tokenizer, VAE, id cache, CLIP. So arms about the
+transformer differ in the transformer alone. Each runs in a process of its own, on its own share of the cores. Arms
+that are in the results already are not repeated, so a stopped ablation goes on where it was; a result that was
+measured with something else than the arm of its name has now is refused.
 
 The plan is a TOML file with one list of settings an arm, as --set takes them:
 
@@ -28,16 +29,16 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any
 
 import typer
 
-from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Stage
-from dalle_mini_impl.pretrained import load_bundle, save_bundle
-from dalle_mini_impl.training.checkpoint import StateFolder
+from dalle_mini_impl.bench.base_run import begin_from, check_base, shared_stages
+from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.training.recipes import differences, in_words
 
 Settings = list[str]
 JUDGED: dict[Stage, tuple[str, ...]] = {
@@ -75,55 +76,17 @@ def read_recipes(path: Path) -> dict[str, Path]:
     return recipes
 
 
-def shared_stages(settings: Sequence[str]) -> list[Stage]:
-    """The stages that an arm takes over from the base run; none where it changes what all of them read.
-
-    VAE and CLIP change what comes after them, so an arm that touches one trains DALL·E as well. Views count for what
-    DALL·E reads alone, and a seed for what the arm trains.
-    """
-    sections = {
-        "dalle" if _changes_views(setting) else _key(setting).removeprefix("train.").split(".")[0]
-        for setting in settings
-    }
-    if sections <= {"dalle", "sampling", "seed"}:
-        return ["vae", "clip"]
-    if sections <= {"dalle", "sampling", "seed", "clip"}:
-        return ["vae"]
-    return []
-
-
-def _key(setting: str) -> str:
-    return setting.partition("=")[0].strip()
-
-
-def _changes_views(setting: str) -> bool:
-    return _key(setting) == "data.views"
-
-
-def begin_from(base: Path, folder: Path, stages: Sequence[Stage], *, shares_ids: bool = True) -> None:
-    """Makes a run folder that has finished these stages of another run, and shares its pictures and, if so, its ids."""
-    if not stages:
-        return
-    missing = [stage for stage in stages if not StateFolder(base / "state" / stage).finished]
-    if missing:
-        raise ValueError(f"{base} has not finished {' and '.join(missing)}: an arm can't start from it")
-    folder.mkdir(parents=True)
-    for name in ("data", "cache") if shares_ids else ("data",):
-        (folder / name).symlink_to((base / name).resolve(), target_is_directory=True)
-    bundle = load_bundle(base / "checkpoint")
-    kept: dict[str, Any] = {stage: None for stage in (*STAGES, *OPTIONAL_STAGES) if stage not in stages}
-    save_bundle(replace(bundle, **kept), folder / "checkpoint")
-    for stage in stages:
-        StateFolder(folder / "state" / stage).finish(StateFolder(base / "state" / stage).summary())
-
-
 def arm_folder(out: Path, name: str) -> Path:
     """The run folder of an arm, in an ablation's."""
     return out / re.sub(r"[^\w.=-]+", "_", name)
 
 
+class CommandError(RuntimeError):
+    """One of our commands has failed, says which and where its log is."""
+
+
 def run_on(cores: Sequence[int], command: Sequence[str], log: Path) -> None:
-    """Runs one of our commands on these cores; RuntimeError that names its log where it fails."""
+    """Runs one of our commands on these cores; CommandError that names its log where it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     pinned = ["taskset", "--cpu-list", ",".join(map(str, cores))] if shutil.which("taskset") else []
     with log.open("a", encoding="utf-8") as output:
@@ -135,7 +98,7 @@ def run_on(cores: Sequence[int], command: Sequence[str], log: Path) -> None:
             check=False,
         )
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed with exit status {done.returncode}; its last words are in {log}")
+        raise CommandError(f"{command[0]} failed with exit status {done.returncode}; its last words are in {log}")
 
 
 def measured(folder: Path) -> dict[str, float]:
@@ -224,11 +187,21 @@ class Ablation:
     recipes: Mapping[str, Path] = field(default_factory=dict)
 
     def run(self, arms: Mapping[str, Settings]) -> list[dict[str, Any]]:
-        """Trains and judges every arm that isn't in results.jsonl; returns all results in the plan's order."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """Trains and judges every arm that isn't in results.jsonl; returns all results in the plan's order.
+
+        Raises ValueError, before anything is run, where an arm's recipe is wrong, the base is of no use to it or its
+        result was measured with something else, and CommandError where a command failed, once the other arms are done.
+        """
         path = self.out / "results.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         found: dict[str, dict[str, Any]] = {result["arm"]: result for result in map(json.loads, lines)}
+        for name, settings in arms.items():
+            recipe = self.recipe(name, settings)
+            if name in found:
+                self.check_result(found[name], settings)
+            elif self.base is not None:
+                check_base(self.base, self.data, recipe, self.taken_over(name, settings))
+        self.out.mkdir(parents=True, exist_ok=True)
         free: SimpleQueue[list[int]] = SimpleQueue()
         for cores in share_out(sorted(os.sched_getaffinity(0)), self.jobs):
             free.put(cores)
@@ -248,18 +221,58 @@ class Ablation:
                 future.result()
         return [found[name] for name in arms]
 
+    def config_of(self, name: str) -> Path:
+        """The recipe that an arm changes."""
+        return self.recipes.get(name, self.config)
+
+    def recipe(self, name: str, settings: Settings) -> Recipe:
+        """The whole recipe of an arm; ValueError that names what is wrong with it."""
+        return Recipe.from_toml(self.config_of(name), [*self.common, *settings])
+
+    def taken_over(self, name: str, settings: Settings) -> list[Stage]:
+        """The stages that an arm has of the base run."""
+        return [] if self.base is None or name in self.recipes else shared_stages(settings)
+
+    def measured_with(self, name: str, settings: Settings) -> dict[str, Any]:
+        """All that an arm's result depends on, as JSON knows it, but for the budget and the machine."""
+        return {
+            "data": self.data,
+            "base": str(self.base) if self.taken_over(name, settings) else None,
+            "prompts": self.prompts,
+            "recipe": self.recipe(name, settings).model_dump(mode="json", exclude={"name"}),
+        }
+
+    def check_result(self, result: Mapping[str, Any], settings: Settings) -> None:
+        """Raises ValueError that names what differs where an earlier result is not of the arm as it is now."""
+        name = result["arm"]
+        ours = {"budget": self.budget, **self.measured_with(name, settings)}
+        theirs = {"budget": result["budget"]}
+        if "measured_with" in result:
+            theirs |= result["measured_with"]
+            recipe = Recipe.parse(theirs["recipe"], where=f"{self.out / 'results.jsonl'}, arm {name!r}")
+            theirs["recipe"] = recipe.model_dump(mode="json", exclude={"name"})  # with settings that came later
+        else:  # of an earlier version, which noted no more than this
+            theirs |= {"settings": result["settings"], "own recipe": result.get("recipe")}
+            ours |= {"settings": settings, "own recipe": str(self.recipes[name]) if name in self.recipes else None}
+        changed = differences(theirs, {key: ours[key] for key in theirs})
+        if changed:
+            raise ValueError(
+                f"arm {name!r} in {self.out / 'results.jsonl'} was measured with something else "
+                f"({in_words(changed)}): choose another --out, or give the arm another name"
+            )
+
     def run_arm(self, name: str, settings: Settings, cores: Sequence[int]) -> dict[str, Any]:
         """Trains one arm and has it judged."""
         folder = arm_folder(self.out, name)
         shutil.rmtree(folder, ignore_errors=True)  # of an ablation that was stopped
-        if self.base is not None and name not in self.recipes:
-            shares_ids = not any(_changes_views(setting) for setting in (*self.common, *settings))
-            begin_from(self.base, folder, shared_stages(settings), shares_ids=shares_ids)
+        if self.base is not None:
+            begin_from(self.base, folder, self.taken_over(name, settings))
         log = self.out / f"{folder.name}.log"
-        config = str(self.recipes.get(name, self.config))
+        config = str(self.config_of(name))
         command = ["train", "--config", config, "--data", self.data, "--out", str(folder)]
         for setting in (*self.common, *settings):
             command += ["--set", setting]
+        measured_with = self.measured_with(name, settings)  # before training: the recipe's file may change meanwhile
         run_on(cores, command if self.budget is None else [*command, "--budget", self.budget], log)
         own = {"recipe": config} if name in self.recipes else {}
         result = {
@@ -268,6 +281,7 @@ class Ablation:
             "settings": settings,
             "budget": self.budget,
             "cores": len(cores),
+            "measured_with": measured_with,
             **measured(folder),
         }
         for report, judge in judging(self.data, folder, self.prompts).items() if self.prompts else ():
@@ -287,7 +301,7 @@ def share_out(cores: Sequence[int], jobs: int) -> list[list[int]]:
 def main(
     plan: Annotated[Path, typer.Argument(help="TOML file of the arms.")],
     config: Annotated[Path, typer.Option(help="The recipe that the arms change.")],
-    data: Annotated[str, typer.Option(help="As train.py's.")],
+    data: Annotated[str, typer.Option(help="As train.py's; with --base the same as its.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs and of results.jsonl.")],
     base: Annotated[Path | None, typer.Option(help="A finished run to share stages with.")] = None,
     budget: Annotated[
@@ -306,6 +320,9 @@ def main(
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    except CommandError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

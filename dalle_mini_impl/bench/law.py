@@ -5,7 +5,7 @@ A transformer of N parameters that has read D picture tokens is held to need E +
 transformer would say less with more tokens, a larger one see too few. The runs are the arms of an ablation:
 
     python -m dalle_mini_impl.bench.ablate configs/ablations/size.toml --config configs/shapes.toml \
-      --data shapes:count=200000 --base runs/shapes --out runs/sizes --jobs 2 --prompts 0
+      --data shapes:count=100000 --base runs/shapes --out runs/sizes --jobs 2 --prompts 0
     python -m dalle_mini_impl.bench.law runs/sizes
 """
 

@@ -136,8 +136,9 @@ def check_unchanged(
     )
     changed = {key: pair for key, pair in differences(theirs, ours).items() if not key.startswith(free)}
     if changed:
-        listed = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in changed.items())
-        raise ValueError(f"{out} holds another run ({listed}): choose another --out, or go on with what it was")
+        raise ValueError(
+            f"{out} holds another run ({in_words(changed)}): choose another --out, or go on with what it was"
+        )
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -150,6 +151,11 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str
         elif one != other:
             found[f"{prefix}{key}"] = (one, other)
     return found
+
+
+def in_words(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """What `differences` found, for people."""
+    return "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in changed.items())
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
