@@ -20,7 +20,8 @@ from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.scenes import render
 from dalle_mini_impl.data.shapes import ShapesSource
-from dalle_mini_impl.report.drawing import choose_prompts
+from dalle_mini_impl.pipeline import TextToImage
+from dalle_mini_impl.report.drawing import choose_prompts, draw_candidates
 from dalle_mini_impl.report.elements import tag, to_html
 from dalle_mini_impl.report.measure import flat_psnr
 from dalle_mini_impl.report.memorisation import (
@@ -308,9 +309,55 @@ def test_as_many_captions_come_from_either_side(finished: Path) -> None:
     prompts = choose_prompts(data, 10)
     assert [prompt.from_training for prompt in prompts] == [True, False] * 5
     assert all((prompt.index in data.train) is prompt.from_training for prompt in prompts)
-    assert len({prompt.text for prompt in prompts}) == 10
+    assert all(len({prompt.text for prompt in side}) == 5 for side in (prompts[::2], prompts[1::2]))
     assert len(choose_prompts(data, 1000)) == 2 * len(data.validation), "no more than there are held-out captions"
     assert choose_prompts(data, 0) == []
+
+
+def recaptioned(run: Path, out: Path, captions: Sequence[str]) -> Path:
+    """A copy of a run whose pictures have these captions in turn; "" for none."""
+    shutil.copytree(run, out)
+    lines = [json.loads(line) for line in (out / "data" / "captions.jsonl").read_text().splitlines()]
+    for index, line in enumerate(lines):
+        caption = captions[index % len(captions)]
+        line["captions"] = [caption] if caption else []
+    (out / "data" / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return out
+
+
+@pytest.mark.parametrize("classes", [("a red circle",), ("a red circle", "a blue star", "a green heart")])
+def test_class_names_are_drawn_for_on_both_sides(finished: Path, tmp_path: Path, classes: tuple[str, ...]) -> None:
+    """The held-out side took every caption, and training, served after it, had none: nothing was drawn."""
+    out = recaptioned(finished, tmp_path / "run", classes)
+    data = PreparedData.open(out / "data")
+    prompts = choose_prompts(data, 48)
+    for is_training in (True, False):
+        side = [prompt for prompt in prompts if prompt.from_training is is_training]
+        assert sorted(prompt.text for prompt in side) == sorted(classes)
+        assert all((prompt.index in data.train) is is_training for prompt in side)
+    assert report(out, "--samples", "8", "--candidates", "2") == 0
+    text = read(out / "report.html").text
+    assert "Nothing was drawn" not in text
+    assert f"{4 * len(classes)} samples between" in text
+
+
+def test_nothing_drawn_has_its_true_reason(finished: Path, tmp_path: Path) -> None:
+    bare = recaptioned(finished, tmp_path / "bare", [""])
+    assert report(bare, "--samples", "8", "--candidates", "2") == 0
+    text = read(bare / "report.html").text
+    assert text.count("Nothing was drawn: no training picture has a caption.") == 3
+    assert "ask for samples" not in text
+    assert report(finished, "--samples", "1", "--candidates", "2", "--out", tmp_path / "one.html") == 0
+    text = read(tmp_path / "one.html").text
+    assert "A single caption can't come from both sides" in text and "No captioned picture is held out" not in text
+
+
+def test_a_caption_of_both_sides_is_drawn_anew_for_each() -> None:
+    model = TextToImage(tiny_bundle())
+    prompts = ["a red circle", "a blue square", "A red circle"]
+    first, _, again = (pictures for _, pictures in draw_candidates(model, prompts, 3))
+    assert [picture.candidate for picture in (*first, *again)] == [0, 1, 2, 3, 4, 5]
+    assert not any(torch.equal(one.tokens, other.tokens) for one in first for other in again)
 
 
 def test_captions_cant_break_the_page() -> None:

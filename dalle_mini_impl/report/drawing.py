@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,17 +39,21 @@ class Prompt:
 
 
 def choose_prompts(data: PreparedData, number: int, seed: int = 0) -> list[Prompt]:
-    """At most `number` different captions: training and held-out ones in turn, as many of each.
+    """At most `number` captions: training and held-out ones in turn, as many of each, a side's own all different.
 
-    Where nothing is held out with a caption, all are of training pictures.
+    Where nothing is held out with a caption, all are of training pictures; where no training picture has one, there are
+    none. Both sides may have the same caption, as all do where captions are a few names of classes: the memorisation
+    audit tells pictures seen in training from unseen ones, not captions, and asks that either side has as many pictures
+    whose captions are drawn for. A picture of the caption on each side keeps that even, while sharing the captions out
+    would halve them and leave nothing to compare where there is but one.
     """
     rng = np.random.default_rng(seed)
-    seen: set[str] = set()
 
     def some(
         indices: np.ndarray[tuple[int, ...], np.dtype[np.int64]], wanted: int, from_training: bool
     ) -> list[Prompt]:
         found: list[Prompt] = []
+        seen: set[str] = set()
         for index in rng.permutation(indices):
             if len(found) == wanted:
                 break
@@ -74,13 +79,19 @@ def draw_candidates(
 ) -> Iterator[tuple[str, list[RankedPicture]]]:
     """Each prompt with its candidates in the order of their numbers, many prompts to a batch.
 
+    Where a prompt comes again, its numbers go on, since the same ones would be the same pictures once more.
     progress: called with the image tokens drawn so far.
     """
     num_tokens = model.dalle.stream.num_image_tokens
     at_once = max(1, _PICTURES_AT_ONCE // candidates)
+    num_drawn: Counter[str] = Counter()
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
-        jobs = [(prompt, candidate) for prompt in range(len(part)) for candidate in range(candidates)]
+        jobs = []
+        for index, prompt in enumerate(part):
+            key = normalize_caption(prompt)
+            jobs += [(index, num_drawn[key] + candidate) for candidate in range(candidates)]
+            num_drawn[key] += candidates
         before = first * candidates * num_tokens
 
         def advance(done: int, _: int, before: int = before) -> None:

@@ -31,6 +31,7 @@ from dalle_mini_impl.report.memorisation import (
 )
 from dalle_mini_impl.report.records import RunRecord
 from dalle_mini_impl.rerank import CurvePoint
+from dalle_mini_impl.text import normalize_caption
 from dalle_mini_impl.training.evaluation import held_out
 from dalle_mini_impl.vae.losses import reconstruction_metrics
 from dalle_mini_impl.vae.model import DiscreteVAE
@@ -158,7 +159,8 @@ def _draw_and_judge(findings: Findings, data: PreparedData, bundle: Bundle, opti
         return
     prompts = choose_prompts(data, options.num_prompts, options.seed)
     if not prompts:
-        findings.missing |= dict.fromkeys(sections, "Nothing was drawn: ask for samples with --samples.")
+        reason = "no training picture has a caption" if options.num_prompts else "ask for samples with --samples"
+        findings.missing |= dict.fromkeys(sections, f"Nothing was drawn: {reason}.")
         return
     model = TextToImage(bundle)
     total = len(prompts) * options.candidates * model.dalle.stream.num_image_tokens
@@ -213,7 +215,12 @@ def _audit(
     """Every drawn picture between as many training as held-out pictures, by each ruler."""
     sides = {side: np.array([p.index for p in prompts if p.from_training is side], np.int64) for side in (True, False)}
     if not len(sides[False]):
-        findings.missing["memorisation"] = "No captioned picture is held out, so there is nothing to compare with."
+        has_some = any(data.captions[index] for index in data.validation)
+        findings.missing["memorisation"] = (
+            "A single caption can't come from both sides: ask for two or more with --samples."
+            if has_some
+            else "No captioned picture is held out, so there is nothing to compare with."
+        )
         return
     rng = np.random.default_rng(seed)
     others = rng.permutation(np.setdiff1d(data.validation, sides[False]))
@@ -225,13 +232,14 @@ def _audit(
     held = np.concatenate([sides[False], others[:num_more]])
     samples = torch.cat([_pixels(pictures) for pictures in drawn])
     owners = [index for index, pictures in enumerate(drawn) for _ in pictures]
+    _, same_caption = np.unique([normalize_caption(prompt.text) for prompt in prompts], return_inverse=True)
     decoded = _through_vae(vae, data.images(control)) if num_control else None
     for ruler in rulers:
         findings.audits.append(
             audit(
                 ruler,
                 samples,
-                owners,
+                [int(same_caption[owner]) for owner in owners],
                 [prompts[owner].from_training for owner in owners],
                 torch.cat([features for _, features in features_of(ruler, data, training)]),
                 torch.cat([features for _, features in features_of(ruler, data, held)]),

@@ -169,8 +169,9 @@ def audit(
     """Compares samples (n, 3, S, S) in [0, 1] with the features (m, D) of as many training as held-out pictures.
 
     The larger set would win by its size alone, so ValueError unless both have the same number. prompts: which samples
-    share a prompt. from_training: whether a sample's prompt is a training picture's caption; for 50 % to be chance, as
-    many prompts have to come from either side, and the pictures that they belong to stand on theirs. control: pictures
+    share a prompt, whose caption may be that of a picture on either side. from_training: whether a sample was drawn for
+    a training picture's caption; for 50 % to be chance, as many have to be drawn for either side, and the pictures that
+    the captions belong to stand on theirs. control: pictures
     (k, 3, S, S), see `Audit`. mirrored: whether training mirrored its pictures, so that copies may be mirrored, too.
     """
     if len(training) != len(held_out) or not len(training):
