@@ -35,7 +35,8 @@ from dalle_mini_impl.report.memorisation import (
     share_of,
 )
 from dalle_mini_impl.report.records import read_run
-from dalle_mini_impl.report.svg import Level, Line, line_chart, thinned, ticks
+from dalle_mini_impl.report.sections import against_chance
+from dalle_mini_impl.report.svg import Level, Line, line_chart, share_chart, thinned, ticks
 from dalle_mini_impl.training.run import train
 from tests.test_training_tracking import recipe
 from tests.tiny import tiny_bundle
@@ -86,7 +87,11 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(self.words).replace("\N{NO-BREAK SPACE}", " ")
+        return plain(" ".join(self.words))
+
+
+def plain(text: str) -> str:
+    return text.replace("\N{NO-BREAK SPACE}", " ")
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +122,14 @@ def read(path: Path) -> Page:
 
 def test_a_finished_run_fills_every_section(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report(finished, "--samples", "8", "--candidates", "3") == 0
-    assert "pixels:" in capsys.readouterr().out
+    told = capsys.readouterr().out
     page = read(finished / "report.html")
+    for ruler in ("pixels", "clip"):
+        line = next(line for line in told.splitlines() if line.startswith(f"{ruler}: "))
+        assert "of 24 samples are nearer to a training than to a held-out picture; chance alone gives " in line
+        assert line.partition("; ")[2] in page.text
+    facts = page.text[page.text.index("nearer to training") : page.text.index("Curves")]
+    assert "chance alone gives" in facts and "interval" not in facts
     assert "Not here yet" not in page.text
     assert "<mine> & yours" in page.text
     for words in (
@@ -254,6 +265,22 @@ def test_the_audit_finds_copies_and_clears_what_is_drawn_anew() -> None:
     assert anew.control is None and copied.control is not None and abs(copied.control.mean - 0.5) < 0.12
     swapped = audited(pixel_ruler(), copies, range(40), sides, held_out, training)
     assert swapped.samples.mean == pytest.approx(1 - copied.samples.mean)
+
+
+def test_a_share_that_chance_explains_is_no_finding() -> None:
+    """Of few pictures a side, 100 % with an interval of 100 % to 100 % stood beside "chance 50 %"."""
+    few, many = scenes(0, 12), scenes(0, 300)
+    sides = [index % 2 == 0 for index in range(20)]
+    alike = audited(pixel_ruler(), few[:1].expand(20, -1, -1, -1), range(20), sides, few[:6], few[6:])
+    assert (alike.samples.mean, alike.samples.low, alike.samples.chance) == (1.0, 1.0, (0.0, 1.0))
+    words = plain(against_chance(alike))
+    assert words == "chance alone gives 0 % to 100 %, so this can't be told apart from chance with 6 pictures a side"
+    copied = audited(pixel_ruler(), many[:20], range(20), sides, many[:150], many[150:])
+    assert against_chance(copied).endswith("so this is more than chance")
+    strange = audited(pixel_ruler(), many[:20], range(20), sides, many[150:], many[:150])
+    assert against_chance(strange).endswith("so this is less than chance")
+    chart = share_chart([("all samples", alike.samples)], chance=0.5, x_label="nearer")
+    assert "chance alone: 0 % to 100 %" in [plain(text.text or "") for text in chart.iter("text")]
 
 
 def test_copies_are_found_by_clip_and_mirrored_too() -> None:

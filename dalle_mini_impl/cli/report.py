@@ -34,6 +34,8 @@ def report(
     from dalle_mini_impl.report.measure import Options, measure
     from dalle_mini_impl.report.page import render
     from dalle_mini_impl.report.records import read_run
+    from dalle_mini_impl.report.sections import against_chance
+    from dalle_mini_impl.report.svg import percent_of
 
     state = process_state()
     if not state.is_main_process:
@@ -61,10 +63,11 @@ def report(
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
     for audit in findings.audits:
         share = audit.samples
-        typer.echo(
-            f"{audit.ruler}: {share.mean:.0%} of {share.num_samples} samples are nearer to a training than to a "
-            f"held-out picture (95 % interval {share.low:.0%} to {share.high:.0%}, chance 50 %)"
+        text = (
+            f"{audit.ruler}: {percent_of(share.mean)} of {share.num_samples} samples are nearer to a training than to "
+            f"a held-out picture; {against_chance(audit)}"
         )
+        typer.echo(text.replace("\N{NO-BREAK SPACE}", " "))
     for name, reason in findings.missing.items():
         typer.echo(f"no {name} yet: {reason}")
     typer.echo(str(path))

@@ -7,7 +7,7 @@ from dalle_mini_impl.report.curves import NAMES
 from dalle_mini_impl.report.elements import Element, Node, tag, to_html
 from dalle_mini_impl.report.measure import Findings
 from dalle_mini_impl.report.records import RunRecord
-from dalle_mini_impl.report.sections import SECTIONS
+from dalle_mini_impl.report.sections import SECTIONS, against_chance
 from dalle_mini_impl.report.svg import number, percent_of
 from dalle_mini_impl.training.budget import format_duration
 
@@ -159,14 +159,8 @@ def _facts(record: RunRecord, findings: Findings) -> Element:
         ),
     ]
     if findings.audits:
-        share = findings.audits[0].samples
-        facts.append(
-            (
-                "nearer to training",
-                percent_of(share.mean),
-                f"chance 50 %, interval {percent_of(share.low)} to {percent_of(share.high)}",
-            )
-        )
+        audit = findings.audits[0]
+        facts.append(("nearer to training", percent_of(audit.samples.mean), against_chance(audit)))
     cells: list[Node] = [
         tag("div", tag("dt", name), tag("dd", value, tag("small", beside)), class_="fact")
         for name, value, beside in facts

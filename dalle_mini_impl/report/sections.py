@@ -22,7 +22,7 @@ from dalle_mini_impl.report.curves import (
 from dalle_mini_impl.report.drawing import RANKERS
 from dalle_mini_impl.report.elements import Element, Node, details, picture, sheet, table, tag
 from dalle_mini_impl.report.measure import Findings
-from dalle_mini_impl.report.memorisation import Share
+from dalle_mini_impl.report.memorisation import Audit, Share
 from dalle_mini_impl.report.records import RunRecord, StageRecord
 from dalle_mini_impl.report.svg import Level, Line, falling_histogram, line_chart, number, percent_of, share_chart
 from dalle_mini_impl.training.budget import format_duration
@@ -150,6 +150,18 @@ def neighbours(record: RunRecord, findings: Findings) -> Element:
     return section("neighbours", "Nearest training pictures", sentence, tag("div", cards, class_="cards"))
 
 
+def against_chance(audit: Audit) -> str:
+    """What share of all samples chance alone would put nearer to training, and whether theirs can be told from it."""
+    share = audit.samples
+    assert share.chance is not None
+    low, high = share.chance
+    if low <= share.mean <= high:
+        verdict = f"this can't be told apart from chance with {audit.num_references:,} pictures a side"
+    else:
+        verdict = "this is more than chance" if share.mean > high else "this is less than chance"
+    return f"chance alone gives {percent_of(low)} to {percent_of(high)}, so {verdict}"
+
+
 def memorisation(record: RunRecord, findings: Findings) -> Element:
     """Shares of samples nearer to training than to held-out pictures."""
     sentence = (
@@ -170,8 +182,9 @@ def memorisation(record: RunRecord, findings: Findings) -> Element:
             rows.append(("control: real held-out pictures", audit.control))
         caption = (
             f"{audit.samples.num_samples:,} samples between {audit.num_references:,} training and "
-            f"{audit.num_references:,} held-out pictures. Bars are 95\N{NO-BREAK SPACE}% intervals; "
-            "the shaded zone is where chance alone would put 95\N{NO-BREAK SPACE}% of the shares."
+            f"{audit.num_references:,} held-out pictures: {percent_of(audit.samples.mean)} of them are nearer to a "
+            f"training picture; {against_chance(audit)}. Bars are 95\N{NO-BREAK SPACE}% intervals over captions; "
+            "the shaded zones are where chance alone would put 95\N{NO-BREAK SPACE}% of the shares."
         )
         chart = share_chart(rows, chance=0.5, x_label="nearer to a training picture")
         charts.append(figure(f"Measured {_RULERS[audit.ruler]}", caption, chart))

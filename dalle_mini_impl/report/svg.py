@@ -210,7 +210,7 @@ def _legend(lines: Sequence[Line]) -> Element:
 
 def share_chart(rows: Sequence[tuple[str, Share]], *, chance: float, x_label: str) -> Element:
     """Shares from 0 to 100 % with their intervals, one below the other, and what chance would make of them."""
-    step, top = 58, 24
+    step, top = 66, 24
     height = top + step * len(rows) + 50
     left, right = 14, WIDTH - 16
     bottom = top + step * len(rows)
@@ -233,7 +233,8 @@ def share_chart(rows: Sequence[tuple[str, Share]], *, chance: float, x_label: st
         if share.chance is not None:
             start, end = x(share.chance[0]), x(share.chance[1])
             zone = f"chance alone: {percent_of(share.chance[0])} to {percent_of(share.chance[1])}"
-            parts.append(tag("rect", tag("title", zone), x=start, y=y - 9, width=end - start, height=18, class_="zone"))
+            parts.append(tag("rect", x=start, y=y - 9, width=end - start, height=18, class_="zone"))
+            parts.append(tag("text", zone, x=(start + end) / 2, y=y + 23, class_="level-name", text_anchor="middle"))
         words = f"{label}: {percent_of(share.mean)}"
         interval = f"95 % interval {percent_of(share.low)} to {percent_of(share.high)}, {share.num_samples} pictures"
         parts.append(tag("text", words, x=left, y=y - 14, class_="name"))
