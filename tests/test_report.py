@@ -21,6 +21,7 @@ from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.scenes import render
 from dalle_mini_impl.data.shapes import ShapesSource
 from dalle_mini_impl.pipeline import TextToImage
+from dalle_mini_impl.pretrained import save_bundle
 from dalle_mini_impl.report.drawing import choose_prompts, draw_candidates
 from dalle_mini_impl.report.elements import tag, to_html
 from dalle_mini_impl.report.measure import flat_psnr
@@ -130,7 +131,7 @@ def test_a_finished_run_fills_every_section(finished: Path, capsys: pytest.Captu
         assert line.partition("; ")[2] in page.text
     facts = page.text[page.text.index("nearer to training") : page.text.index("Curves")]
     assert "chance alone gives" in facts and "interval" not in facts
-    assert "Not here yet" not in page.text
+    assert "Not here" not in page.text
     assert "<mine> & yours" in page.text
     for words in (
         f"chance, ln B: {math.log(10):.3g}",
@@ -192,15 +193,72 @@ def test_an_unfinished_run_has_a_page_with_what_there_is(finished: Path, tmp_pat
     page = read(page_path)
     assert not (out / "report.html").exists(), "--out is where it goes, and nowhere else"
     assert "CLIP not finished (4 steps so far), DALL·E not begun" in page.text
-    assert page.text.count("Not here yet: DALL·E is not trained yet.") == 3
-    assert "Not here yet: The id cache is not made yet" in page.text
-    assert "Not here yet: this stage has not begun." in page.text
+    assert page.text.count("Not here: DALL·E is not trained yet.") == 3
+    assert "Not here: The id cache is not made yet" in page.text
+    assert "Not here: this stage has not begun." in page.text
     shutil.rmtree(out / "checkpoint")
     shutil.rmtree(out / "data")
     (out / "metrics.jsonl").unlink()
     (out / "data-report.json").unlink()
     assert report(out, "--out", tmp_path / "pages") == 0
     assert "the pictures are not read yet" in read(tmp_path / "pages" / "report.html").text
+
+
+def test_a_recipe_without_clip_finishes(tmp_path: Path) -> None:
+    """It was under way for ever: CLIP not begun."""
+    out = tmp_path / "run"
+    assert train(recipe('train.stages=["vae","dalle"]'), "shapes:count=60", out)
+    assert read_run(out).is_finished
+    assert report(out, "--samples", "2", "--candidates", "1") == 0
+    text = read(out / "report.html").text
+    assert "finished: Discrete VAE finished, CLIP not part of this recipe, DALL·E finished." in text
+    assert "Not here: this stage is not part of this recipe." in text
+    assert "under way" not in text and "not begun" not in text
+
+
+def test_a_recipe_without_dalle_promises_none(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert train(recipe('train.stages=["vae"]'), "shapes:count=60", out)
+    assert report(out) == 0
+    text = read(out / "report.html").text
+    assert "finished: Discrete VAE finished, CLIP not part of this recipe, DALL·E not part of this recipe." in text
+    assert text.count("Not here: DALL·E is not part of this recipe.") == 3
+    assert "Not here: No stage of this run needed an id cache" in text
+    assert not any(promise in text for promise in ("comes with", "not trained yet", "not begun", "not made yet"))
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_models_taken_over_are_not_awaited(tmp_path: Path, prefix: int) -> None:
+    """One stage of a run from another checkpoint was under way for ever: the other stages had not begun."""
+    source, out = tmp_path / "source", tmp_path / "run"
+    bundle = tiny_bundle(f"dalle.image_prefix={prefix}")
+    save_bundle(bundle, source)
+    quick = ("train.vqgan.steps=4", "train.vqgan.batch_size=8", "vqgan.alone_steps=1", f"dalle.image_prefix={prefix}")
+    assert train(recipe(*quick), "shapes:count=60", out, stages=["vqgan"], init_from=str(source))
+    record = read_run(out)
+    taken = ["vae", "clip", *(["prior"] if prefix else []), "dalle"]
+    assert {stage: record.stages[stage].progress for stage in record.stages} == {
+        **dict.fromkeys(taken, "taken over from --init-from"),
+        "vqgan": "finished",
+    }
+    assert record.is_finished
+    assert report(out, "--samples", "2", "--candidates", "1") == 0
+    text = read(out / "report.html").text
+    assert "finished: Discrete VAE taken over from --init-from, CLIP taken over from --init-from," in text
+    assert (
+        text.count("Not here: the model is taken over from --init-from, and this stage has not run.") == len(taken) + 2
+    )
+    assert not any(promise in text for promise in ("under way", "comes with", "not begun", "not trained yet"))
+
+
+def test_a_run_from_another_checkpoint_awaits_what_it_asks_for(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "run"
+    save_bundle(tiny_bundle(), source)
+    assert train(recipe(), "shapes:count=60", out, stages=["vae"], init_from=str(source))
+    record = read_run(out)
+    states = {"vae": "finished", "clip": "taken over from --init-from", "dalle": "not begun"}
+    assert {stage: record.stages[stage].progress for stage in record.stages} == states, "its DALL·E knows other ids"
+    assert not record.is_finished
 
 
 def test_without_a_checker_the_own_clip_judges_the_other_rankers(finished: Path, tmp_path: Path) -> None:

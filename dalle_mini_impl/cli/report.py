@@ -69,5 +69,5 @@ def report(
         )
         typer.echo(text.replace("\N{NO-BREAK SPACE}", " "))
     for name, reason in findings.missing.items():
-        typer.echo(f"no {name} yet: {reason}")
+        typer.echo(f"no {name}: {reason}")
     typer.echo(str(path))

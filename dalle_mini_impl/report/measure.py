@@ -29,7 +29,7 @@ from dalle_mini_impl.report.memorisation import (
     pixel_ruler,
     views_of,
 )
-from dalle_mini_impl.report.records import RunRecord
+from dalle_mini_impl.report.records import RunRecord, StageRecord
 from dalle_mini_impl.rerank import CurvePoint
 from dalle_mini_impl.text import normalize_caption
 from dalle_mini_impl.training.evaluation import held_out
@@ -43,6 +43,8 @@ MAX_REFERENCES = 2000
 """Pictures on each side of the memorisation audit at most."""
 MAX_CONTROL = 256
 _DECODE_BATCH = 64
+_DRAWN = ("neighbours", "memorisation", "best-of-n")
+"""Sections that need pictures drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +115,21 @@ def measure(record: RunRecord, options: Options) -> Findings:
     if data is not None:
         findings.flat_psnr = flat_psnr(data, record.recipe.vae.downsample)
     if data is None or bundle is None or bundle.vae is None:
-        findings.missing |= dict.fromkeys(
-            ("codebook", "neighbours", "memorisation", "best-of-n"), "The VAE is not trained yet."
-        )
+        findings.missing |= dict.fromkeys(("codebook", *_DRAWN), _why_absent("The VAE", record.stages["vae"]))
         return findings
     _count_codes(findings, record, data, bundle)
-    _draw_and_judge(findings, data, bundle, options)
+    if bundle.dalle is None:
+        reason = _why_absent("DALL·E", record.stages["dalle"])
+        findings.missing |= dict.fromkeys(_DRAWN, reason)
+    else:
+        _draw_and_judge(findings, data, bundle, options)
     return findings
+
+
+def _why_absent(name: str, stage: StageRecord) -> str:
+    """Why the checkpoint has no model of a stage."""
+    is_part = stage.progress != "not part of this recipe"
+    return f"{name} is {'not trained yet' if is_part else 'not part of this recipe'}."
 
 
 def _open(record: RunRecord, options: Options) -> tuple[PreparedData | None, Bundle | None]:
@@ -145,7 +155,9 @@ def _count_codes(findings: Findings, record: RunRecord, data: PreparedData, bund
     assert bundle.vae is not None
     fingerprint = cache_fingerprint(bundle.vae, data.fingerprint, record.recipe.data.views)
     cache = TokenCache.open(record.folder / "cache", fingerprint)
-    if cache is None:
+    if cache is None and record.is_finished:
+        findings.missing["codebook"] = "No stage of this run needed an id cache, whose ids are counted here."
+    elif cache is None:
         findings.missing["codebook"] = "The id cache is not made yet; it comes with the stage after the VAE."
     else:
         findings.code_counts = cache.counts(data.train)
@@ -153,14 +165,11 @@ def _count_codes(findings: Findings, record: RunRecord, data: PreparedData, bund
 
 def _draw_and_judge(findings: Findings, data: PreparedData, bundle: Bundle, options: Options) -> None:
     """Draws once, for the samples beside their neighbours, the audit and the best-of-N curve."""
-    sections = ("neighbours", "memorisation", "best-of-n")
-    if bundle.dalle is None:
-        findings.missing |= dict.fromkeys(sections, "DALL·E is not trained yet.")
-        return
     prompts = choose_prompts(data, options.num_prompts, options.seed)
     if not prompts:
         reason = "no training picture has a caption" if options.num_prompts else "ask for samples with --samples"
-        findings.missing |= dict.fromkeys(sections, f"Nothing was drawn: {reason}.")
+        nothing_drawn = f"Nothing was drawn: {reason}."
+        findings.missing |= dict.fromkeys(_DRAWN, nothing_drawn)
         return
     model = TextToImage(bundle)
     total = len(prompts) * options.candidates * model.dalle.stream.num_image_tokens

@@ -120,12 +120,14 @@ def _page(head: Element, body: Element) -> Element:
 def _state(record: RunRecord) -> str:
     """Where the run stands, in a sentence."""
     recipe, source = record.recipe.name, record.note["data"]
-    if record.is_finished:
+    if all(stage.progress == "finished" for stage in record.stages.values()):
         return f"Recipe {recipe} on {source}: all stages are finished."
     states = []
     for name, stage in record.stages.items():
         steps = f" ({stage.steps:,} steps so far)" if stage.progress == "not finished" else ""
         states.append(f"{NAMES[name]} {stage.progress}{steps}")
+    if record.is_finished:
+        return f"Recipe {recipe} on {source}, finished: {', '.join(states)}."
     return f"Recipe {recipe} on {source}, under way: {', '.join(states)}. This page has what there is."
 
 

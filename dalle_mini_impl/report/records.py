@@ -13,7 +13,7 @@ from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.progress import read_metrics
 from dalle_mini_impl.training.stages import ORDER, asked_for, stage_order
 
-Progress = Literal["finished", "not finished", "not begun"]
+Progress = Literal["finished", "not finished", "not begun", "taken over from --init-from", "not part of this recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,9 @@ class RunRecord:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all stages are."""
-        return all(stage.progress == "finished" for stage in self.stages.values())
+        """Whether all that the recipe asks for is trained or taken over, and all that has begun is finished."""
+        found = {stage.progress for stage in self.stages.values()}
+        return "finished" in found and not found & {"not finished", "not begun"}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -88,20 +89,31 @@ def read_run(folder: Path) -> RunRecord:
     report = folder / "data-report.json"
     recipe = Recipe.parse(note["recipe"], where=f"{note_path}: recipe")
     begun = {line["stage"] for line in lines}
-    stages = [stage for stage in stage_order(recipe) if stage in (*ORDER, *asked_for(recipe), *begun)]
+    wanted = asked_for(recipe)
+    stages = [stage for stage in stage_order(recipe) if stage in (*ORDER, *wanted, *begun)]
+
+    def before_training(stage: Stage) -> Progress:
+        if note.get("init_from") is not None and (folder / "checkpoint" / f"{stage}.safetensors").is_file():
+            return "taken over from --init-from"
+        return "not begun" if stage in wanted else "not part of this recipe"
+
     return RunRecord(
         folder=folder,
         note=note,
         recipe=recipe,
         data_report=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else None,
-        stages={stage: _stage(folder, stage, [line for line in lines if line["stage"] == stage]) for stage in stages},
+        stages={
+            stage: _stage(folder, stage, [line for line in lines if line["stage"] == stage], before_training(stage))
+            for stage in stages
+        },
     )
 
 
-def _stage(folder: Path, stage: Stage, lines: list[dict[str, Any]]) -> StageRecord:
+def _stage(folder: Path, stage: Stage, lines: list[dict[str, Any]], before_training: Progress) -> StageRecord:
+    """A stage by its lines and state; before_training: where it stands if it has neither."""
     lines = sorted(lines, key=lambda line: int(line["step"]))
     state = StateFolder(folder / "state" / stage)
-    progress: Progress = "finished" if state.finished else "not finished" if lines or state.started else "not begun"
+    progress: Progress = "finished" if state.finished else "not finished" if lines or state.started else before_training
     sheets = [(int(path.stem.rpartition("-")[2]), path) for path in (folder / "samples").glob(f"{stage}-[0-9]*.png")]
     return StageRecord(
         stage=stage,

@@ -23,7 +23,7 @@ from dalle_mini_impl.report.drawing import RANKERS
 from dalle_mini_impl.report.elements import Element, Node, details, picture, sheet, table, tag
 from dalle_mini_impl.report.measure import Findings
 from dalle_mini_impl.report.memorisation import Audit, Share
-from dalle_mini_impl.report.records import RunRecord, StageRecord
+from dalle_mini_impl.report.records import Progress, RunRecord, StageRecord
 from dalle_mini_impl.report.svg import Level, Line, falling_histogram, line_chart, number, percent_of, share_chart
 from dalle_mini_impl.training.budget import format_duration
 from dalle_mini_impl.training.recipes import differences
@@ -34,6 +34,11 @@ _MAX_NEIGHBOURS = 24
 _MAX_NAMES = 10
 _SIGN = "●"
 _REASONS = {"bomb": "too many pixels", "tiny": "too small", "empty_caption": "no words in its caption"}
+_WITHOUT_TRAINING: Mapping[Progress, str] = {
+    "not begun": "this stage has not begun.",
+    "taken over from --init-from": "the model is taken over from --init-from, and this stage has not run.",
+    "not part of this recipe": "this stage is not part of this recipe.",
+}
 _RULERS = {"pixels": "by colours of small pictures", "clip": "by the run's CLIP"}
 
 
@@ -44,7 +49,7 @@ def section(key: str, title: str, sentence: str, *children: Node) -> Element:
 
 def nothing(reason: str) -> Element:
     """Stands where something is missing."""
-    return tag("p", f"Not here yet: {reason}", class_="missing")
+    return tag("p", f"Not here: {reason}", class_="missing")
 
 
 def curves(record: RunRecord, findings: Findings) -> Element:
@@ -54,7 +59,7 @@ def curves(record: RunRecord, findings: Findings) -> Element:
     for name, stage in record.stages.items():
         parts.append(tag("h3", NAMES[name]))
         if not stage.training and not stage.evaluations:
-            parts.append(nothing("this stage has not begun."))
+            parts.append(nothing(_WITHOUT_TRAINING.get(stage.progress, "metrics.jsonl has no lines of this stage.")))
         else:
             parts.append(tag("div", makers.get(name, other_curves)(stage, record, findings), class_="figures"))
     sentence = (
@@ -67,7 +72,9 @@ def curves(record: RunRecord, findings: Findings) -> Element:
 def _sheets(stage: StageRecord, alt: str) -> Node:
     """The sheets of an evaluation's pictures, the last one open; of many, some evenly spaced."""
     if not stage.sheets:
-        return nothing("the first sheet of pictures comes with the first evaluation of this stage.")
+        if stage.progress in ("not begun", "not finished"):
+            return nothing("the first sheet of pictures comes with the first evaluation of this stage.")
+        return nothing(_WITHOUT_TRAINING.get(stage.progress, "samples/ has no sheets of this stage."))
     places = np.linspace(0, len(stage.sheets) - 1, min(_MAX_SHEETS, len(stage.sheets))).round().astype(int)
     chosen = [stage.sheets[place] for place in places]
     return [
