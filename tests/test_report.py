@@ -453,6 +453,23 @@ def test_captions_cant_break_the_page() -> None:
     assert '<script>alert("1")</script> & "quoted"' in page.text and "\x00" not in text
 
 
+def test_a_share_of_one_is_charted_from_zero_to_one() -> None:
+    """With one held-out picture, recall and chance are 100 %, and the axis went on to 200 %."""
+    recall = Line(label="recall", xs=[1, 2], ys=[1.0, 1.0])
+    chart = line_chart([recall], x_label="steps", y_label="recall", levels=[Level("chance", 1.0)], percent=True)
+    marks = [plain(text.text or "") for text in chart.iter("text") if text.get("class") == "tick"]
+    assert {mark for mark in marks if "%" in mark} == {"0 %", "20 %", "40 %", "60 %", "80 %", "100 %"}
+
+
+def test_a_codebook_of_a_recipe_that_works_is_not_condemned(finished: Path) -> None:
+    """Half of the codes was the bound, and the best recipe's perplexity is 492 of 1,024."""
+    rule = "below a quarter of"
+    assert report(finished, "--samples", "0") == 0
+    assert f"{rule} them, the codebook is badly used" in read(finished / "report.html").text
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert f"A perplexity {rule} `num_codes` is a bad codebook" in readme
+
+
 def test_charts_show_every_line_and_level() -> None:
     lines = [
         Line(label="training", xs=range(5000), ys=[1e6, *[1.0] * 4999], pale=True),

@@ -61,7 +61,7 @@ def vae_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> lis
         figure(
             "Codes in use",
             "How many codes would carry as much if all were used equally often (perplexity), of those that there are; "
-            "below half of them, the codebook is badly used.",
+            "below a quarter of them, the codebook is badly used.",
             line_chart(
                 [_line(stage, "perplexity, validation", "perplexity", 1)],
                 levels=[Level("all codes", float(record.recipe.vae.num_codes))],
@@ -137,8 +137,8 @@ def dalle_curves(stage: StageRecord, record: RunRecord, findings: Findings) -> l
     return [
         figure(
             "Image tokens",
-            "How surprised the transformer is by each token of a picture, in nats (0.69 nats are a bit). Below the "
-            "lower dashed line it has learnt more than how frequent codes are. What pictures it was trained on cost "
+            "How surprised the transformer is by each token of a picture, in nats (0.69 nats are a bit). Below both "
+            "dashed lines it has learnt more than how frequent codes are. What pictures it was trained on cost "
             "less than held-out ones, measured alike, is learned by heart: more pictures, or fewer passes over them, "
             "help there. Training itself looks harder than it is, with changed inputs and dropped captions.",
             line_chart(

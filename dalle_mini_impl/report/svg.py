@@ -72,7 +72,8 @@ def line_chart(
     lines = [thinned(line) for line in lines if len(line.xs)]
     every_x = [x for line in lines for x in line.xs] or [1.0]
     first_x = min(every_x) if log_x else min(0.0, *every_x)
-    low, high = _range([*(_usual(line) for line in lines), *([level.value, level.value] for level in levels)])
+    origin = [[0.0]] if percent else []  # so that a single share, of 100 %, isn't where the axis begins
+    low, high = _range([*(_usual(line) for line in lines), *([level.value] for level in levels), *origin])
     y_ticks = ticks(low, high)
     frame = _Frame((first_x, max(every_x)), (min(low, y_ticks[0]), max(high, y_ticks[-1])), log_x)
     x_ticks = ticks(*frame.xs) if x_ticks is None else x_ticks
