@@ -15,7 +15,19 @@ import dalle_mini_impl
 ROOT = Path(dalle_mini_impl.__file__).parent
 PACKAGE = "dalle_mini_impl"
 LEVELS = [
-    {"config", "stream", "text", "memory", "threads", "files", "weights", "compiled", "precision", "flops"},
+    {
+        "config",
+        "stream",
+        "text",
+        "memory",
+        "threads",
+        "files",
+        "weights",
+        "compiled",
+        "precision",
+        "flops",
+        "out_of_memory",
+    },
     {"layers", "noise", "filters", "frechet", "nearest"},
     {"captioner", "native"},
     {"vae", "dalle", "clip", "prior"},

@@ -32,7 +32,7 @@ from dalle_mini_impl.training.muon import Muon
 from dalle_mini_impl.training.optim import clip_gradients
 from dalle_mini_impl.training.processes import make_accelerator
 from dalle_mini_impl.training.run import train
-from dalle_mini_impl.training.task import LossModule
+from dalle_mini_impl.training.task import EvaluationContext, LossModule
 
 SHAPES = [(5, 18), (18, 5), (1, 6), (5, 18), (3, 2, 3, 3), (3, 18)]
 """Rows that two processes can't share evenly, one that only one of them has, and a kernel beside a matrix."""
@@ -54,14 +54,15 @@ def main(folder: Path, recipe: Recipe, data: str) -> None:
 def check_shares(folder: Path, recipe: Recipe, data: str, accelerator: Accelerator) -> None:
     """Trains the whole run; each process evaluates half of the pictures, not all of them to the same numbers."""
     evaluated: list[list[int]] = []
-    original = evaluation.chunks
+    original = evaluation.share
 
-    def chunks(indices: Indices) -> Any:
-        evaluated.append(indices.tolist())
-        return original(indices)
+    def share(indices: Indices, context: EvaluationContext) -> Indices:
+        own = original(indices, context)
+        evaluated.append(own.tolist())
+        return own
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "chunks", chunks)
+        patch.setattr(evaluation, "share", share)
         assert train(recipe, data, folder / "whole", accelerator=accelerator)
     ours, theirs = gather_object([evaluated])
     assert len(ours) == len(theirs) >= 2 * 4, "two evaluations of each stage, the transformer's of two sets"

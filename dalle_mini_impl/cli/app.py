@@ -107,6 +107,17 @@ def reporting_errors() -> Iterator[None]:
         if process == "0":  # all processes of a machine come to the same end: one speaks
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except RuntimeError as error:
+        from dalle_mini_impl.out_of_memory import first_line, is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        logging.getLogger("dalle_mini_impl").debug("where it happened", exc_info=True)
+        reason = f"too much for the memory ({first_line(error)}); ask for less at a time, or free some memory"
+        typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {reason}", err=True)
+        raise typer.Exit(1) from None
     except (MemoryError, LostProcessError) as error:
         typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {error or 'no memory'}", err=True)
         raise typer.Exit(1) from None

@@ -7,6 +7,7 @@ FOLDER/embeddings.json  the fingerprint of the weights, pictures and views it wa
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dalle_mini_impl.config import View
 from dalle_mini_impl.data.array_cache import Workers, build_array, open_array, weights_digest
 from dalle_mini_impl.data.token_cache import images_from_pixels
 from dalle_mini_impl.data.views import apply_view
+from dalle_mini_impl.out_of_memory import FittingChunks
 
 _NAME = "embeddings"
 
@@ -64,6 +66,7 @@ class EmbeddingCache:
     ) -> EmbeddingCache:
         """Embeds pictures uint8 (M, S, S, 3); each process its share, into one file.
 
+        batch_size: pictures to embed at once, fewer where memory runs out; it doesn't change the result.
         progress: called with the pictures done and to do by this process.
         """
         device = clip.logit_scale.device
@@ -71,15 +74,17 @@ class EmbeddingCache:
 
         @torch.no_grad()
         def fill(embeddings: npt.NDArray[Any], share: npt.NDArray[np.int64]) -> None:
-            for start in range(0, len(share), batch_size):
-                chunk = share[start : start + batch_size]
+            def embed(chunk: npt.NDArray[np.int64]) -> int:
                 images = images_from_pixels(torch.from_numpy(pictures[chunk]).to(device))
                 for number, view in enumerate(views):
                     with autocast():
                         vectors = clip.encode_image(apply_view(images, view))
                     embeddings[number, chunk] = vectors.half().cpu().numpy()
+                return len(chunk)
+
+            for done in itertools.accumulate(FittingChunks(batch_size).map(embed, share)):
                 if progress is not None:
-                    progress(start + len(chunk), len(share))
+                    progress(done, len(share))
 
         clip.eval()
         shape = len(views), len(pictures), clip.config.embed_dim

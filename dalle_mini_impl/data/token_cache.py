@@ -7,6 +7,7 @@ FOLDER/tokens.json  the fingerprint of the weights, pictures and views it was ma
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from dalle_mini_impl.config import View
 from dalle_mini_impl.data.array_cache import Workers, build_array, open_array, weights_digest
 from dalle_mini_impl.data.views import apply_view
+from dalle_mini_impl.out_of_memory import FittingChunks
 from dalle_mini_impl.vae.model import DiscreteVAE
 
 MAX_CODES = 1 << 16
@@ -81,6 +83,7 @@ class TokenCache:
     ) -> TokenCache:
         """Encodes pictures uint8 (M, S, S, 3); each process its share, into one file.
 
+        batch_size: pictures to encode at once, fewer where memory runs out; it doesn't change the ids.
         progress: called with the pictures done and to do by this process.
         Raises ValueError for more codes than an uint16 holds.
         """
@@ -116,15 +119,18 @@ def _encode_share(
     device = next(vae.parameters()).device
     was_training = vae.training
     vae.eval()
-    for start in range(0, len(share), batch_size):
-        chunk = share[start : start + batch_size]
+
+    def encode(chunk: npt.NDArray[np.int64]) -> int:
         images = images_from_pixels(torch.from_numpy(pictures[chunk]).to(device))
         for number, view in enumerate(views):
             with autocast():
                 ids = vae.encode(apply_view(images, view))
             tokens[number, chunk] = ids.cpu().numpy().astype(np.uint16)
+        return len(chunk)
+
+    for done in itertools.accumulate(FittingChunks(batch_size).map(encode, share)):
         if progress is not None:
-            progress(start + len(chunk), len(share))
+            progress(done, len(share))
     vae.train(was_training)
 
 

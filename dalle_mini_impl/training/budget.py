@@ -112,10 +112,11 @@ class Plan:
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows once `step` steps are done: evenly spread, the last at the end.
 
-        One that would come right after another (the trial, or where the plan was put right) is left out.
+        One that would come right after another (the trial, or where the plan was put right) is left out, and so is
+        one that has been made.
         """
         total = self.total_steps
-        if total is None or step == 0:
+        if total is None or step == self.last_evaluation:
             return False
         done, before = (n * self.num_evaluations // total for n in (step, step - 1))
         soon = 2 * self.num_evaluations * (step - self.last_evaluation) < total

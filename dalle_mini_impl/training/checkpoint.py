@@ -54,8 +54,14 @@ class StateFolder:
         return int(self._entries()[-1]["step"]) if self.started else 0
 
     def save(self, state: dict[str, Any]) -> None:
-        """Adds a state; state["step"] is the number of steps that are done, state["best_file"] its best weights."""
-        path = self.folder / f"step-{state['step']:08d}.pt"
+        """Adds a state; state["step"] is the number of steps that are done, state["best_file"] its best weights.
+
+        The newest state so far is not written over, though it may be of the same step: until the index says otherwise
+        it is the one to go on from.
+        """
+        name = f"step-{state['step']:08d}"
+        newest = self._entries()[-1]["file"] if self.started else None
+        path = self.folder / (f"{name}-again.pt" if newest == f"{name}.pt" else f"{name}.pt")
         write_atomically(path, lambda temporary: torch.save(state, temporary))
         entry = {"file": path.name, "step": state["step"], "sha256": _sha256(path), "best": state.get("best_file")}
         self._damaged.discard(path.name)

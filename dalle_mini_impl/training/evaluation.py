@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ from dalle_mini_impl.vae.quantizers import usage_and_perplexity
 
 MAX_HELD_OUT = 512
 """Held-out pictures an evaluation uses at most, evenly spaced over the validation split."""
-BATCH_SIZE = 64
 NUM_RECONSTRUCTIONS = 16
 NUM_PROMPTS, NUM_CANDIDATES = 8, 3
 
@@ -51,23 +50,26 @@ def _evenly(indices: Indices, at_most: int) -> Indices:
 
 def reconstruct(vae: DiscreteVAE, data: PreparedData, indices: Indices, context: EvaluationContext) -> dict[str, float]:
     """PSNR (dB) and SSIM through the hard ids, share of codes used and their perplexity; writes a sheet."""
-    device = context.accelerator.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # psnr, ssim, pictures
-    counts = torch.zeros(vae.num_codes, dtype=torch.float64, device=device)
-    for chunk in chunks(share(indices, context)):
-        images = data.images(chunk).to(device)
+
+    def rebuilt(chunk: Indices) -> tuple[Tensor, Tensor, Tensor]:
+        images = data.images(chunk).to(context.accelerator.device)
         with context.autocast():
             ids = vae.encode(images)
-            decoded = vae.decode(ids)
+            return images, vae.decode(ids), ids
+
+    def measure(chunk: Indices) -> Tensor:  # psnr, ssim, pictures, and how often each code is used
+        images, decoded, ids = rebuilt(chunk)
         values = reconstruction_metrics(images, decoded)
-        sums += torch.stack([values["psnr"].sum(), values["ssim"].sum(), values["psnr"].new_tensor(len(chunk))])
-        counts += torch.bincount(ids.flatten(), minlength=vae.num_codes)
-    sums, counts = context.accelerator.reduce(sums, "sum"), context.accelerator.reduce(counts, "sum")
+        sums = torch.stack([values["psnr"].sum(), values["ssim"].sum(), values["psnr"].new_tensor(len(chunk))])
+        return torch.cat([sums.double(), torch.bincount(ids.flatten(), minlength=vae.num_codes).double()])
+
+    totals = total(measure, indices, context, 3 + vae.num_codes)
+    sums, counts = totals[:3], totals[3:]
     usage, perplexity = usage_and_perplexity(counts)
     if context.accelerator.is_main_process:
-        images = data.images(indices[:NUM_RECONSTRUCTIONS]).to(device)
-        with context.autocast():
-            decoded = vae.decode(vae.encode(images))
+        images, decoded, _ = (
+            torch.cat(parts) for parts in zip(*context.chunks.map(rebuilt, indices[:NUM_RECONSTRUCTIONS]), strict=True)
+        )
         context.folder.mkdir(parents=True, exist_ok=True)
         save_sheet(reconstruction_sheet(images, decoded), context.folder / f"vae-{context.step:06d}.png")
     psnr, ssim = (sums[:2] / sums[2]).tolist()
@@ -87,21 +89,26 @@ def retrieve(
     With a captioner the loss has its nats a token in it, and both parts are there, too. vae: where given, decodes of
     the pictures are judged as well, as reranking will.
     """
-    pairs = _distinct(data, indices)
-    own = share(pairs, context)
-    rows: list[tuple[int, Any, Any, Any]] = []
     read = torch.zeros(2, dtype=torch.float64, device=context.accelerator.device)  # nats, tokens
-    for chunk in chunks(own):
+
+    def embed(chunk: Indices) -> tuple[list[tuple[int, Any, Any, Any]], Tensor]:
         images = data.images(chunk).to(context.accelerator.device)
         text = tokenizer.batch([data.captions[i][0] for i in chunk], clip.text_length)[0].to(images.device)
         with context.autocast():
             places = clip.places(images)
             image_vectors, text_vectors = clip.pool(places), clip.encode_text(text)
             if clip.captioner is not None:
-                read += torch.stack([clip.caption_nll(places, text).sum(), (text[:, 1:] != PAD).sum()])
+                part = torch.stack([clip.caption_nll(places, text).sum(), (text[:, 1:] != PAD).sum()])
+            else:
+                part = torch.zeros_like(read)
             decoded = clip.encode_image(vae.decode(vae.encode(images))) if vae is not None else image_vectors
         arrays = (vectors.float().cpu().numpy() for vectors in (image_vectors, text_vectors, decoded))
-        rows += list(zip(chunk.tolist(), *arrays, strict=True))
+        return list(zip(chunk.tolist(), *arrays, strict=True)), part
+
+    rows: list[tuple[int, Any, Any, Any]] = []
+    for embedded, part in context.chunks.map(embed, share(_distinct(data, indices), context)):
+        rows += embedded
+        read += part
     rows = sorted(gather_object(rows), key=lambda row: row[0]) if context.accelerator.num_processes > 1 else rows
     images_, texts, decodes = (torch.from_numpy(np.stack([row[part] for row in rows])) for part in (1, 2, 3))
     metrics = _contrast_in_chunks(clip, images_, texts)
@@ -146,20 +153,18 @@ def _recall(scores: Tensor, k: int) -> float:
 def streams(
     dalle: DALLE,
     data: PreparedData,
-    indices: Indices,
+    chunk: Indices,
     tokenizer: TextTokenizer,
     cache: TokenCache,
     context: EvaluationContext,
     embeddings: EmbeddingCache | None = None,
-) -> Iterator[tuple[Indices, Tensor, Tensor, Tensor | None]]:
-    """This process's part of some pictures in batches: indices, first captions (B, T), plain ids (B, N), embeddings
-    (B, E) where there are any."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """First captions (B, T), plain ids (B, N) and, where there are any, embeddings (B, E) of some pictures."""
     device = context.accelerator.device
-    for chunk in chunks(share(indices, context)):
-        captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
-        text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
-        own_embeddings = None if embeddings is None else embeddings.vectors(chunk).to(device)
-        yield chunk, text, cache.ids(chunk).to(device), own_embeddings
+    captions = [data.captions[i][0] if data.captions[i] else None for i in chunk]
+    text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(device)
+    own_embeddings = None if embeddings is None else embeddings.vectors(chunk).to(device)
+    return text, cache.ids(chunk).to(device), own_embeddings
 
 
 def likelihood(
@@ -180,8 +185,10 @@ def likelihood(
     """
     device = context.accelerator.device
     others = _other_captions(data, indices)
-    sums = torch.zeros(10, dtype=torch.float64, device=device)
-    for chunk, text, ids, own_embeddings in streams(dalle, data, indices, tokenizer, cache, context, embeddings):
+
+    def measure(chunk: Indices) -> Tensor:
+        sums = torch.zeros(10, dtype=torch.float64, device=device)
+        text, ids, own_embeddings = streams(dalle, data, chunk, tokenizer, cache, context, embeddings)
         with context.autocast():
             true = dalle.loss(text, ids, embedding=own_embeddings)
             if own_embeddings is not None:
@@ -199,7 +206,9 @@ def likelihood(
                 own = dalle.loss(text[swapped], ids[swapped], embedding=theirs)
                 other = dalle.loss(other_text.to(device), ids[swapped], embedding=theirs)
             sums[4:6] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
-    totals = context.accelerator.reduce(sums, "sum").tolist()
+        return sums
+
+    totals = total(measure, indices, context, 10).tolist()
     image, num_image, text_nll, num_text, gain, num_swapped, read_nll, num_read, embedding_gain, num_without = totals
     image_nll = image / num_image
     metrics = {
@@ -224,12 +233,14 @@ def image_nll(
     embeddings: EmbeddingCache | None = None,
 ) -> float:
     """Nats a token of plain pictures under their captions, as in `likelihood`."""
-    sums = torch.zeros(2, dtype=torch.float64, device=context.accelerator.device)
-    for _, text, ids, own_embeddings in streams(dalle, data, indices, tokenizer, cache, context, embeddings):
+
+    def measure(chunk: Indices) -> Tensor:
+        text, ids, own_embeddings = streams(dalle, data, chunk, tokenizer, cache, context, embeddings)
         with context.autocast():
             losses = dalle.loss(text, ids, embedding=own_embeddings)
-        sums += torch.stack([losses.image_nll_sum, losses.num_image])
-    nll, num_tokens = context.accelerator.reduce(sums, "sum").tolist()
+        return torch.stack([losses.image_nll_sum, losses.num_image])
+
+    nll, num_tokens = total(measure, indices, context, 2).tolist()
     return float(nll / num_tokens)
 
 
@@ -257,18 +268,24 @@ def draw_samples(
         captions = [data.captions[i][0] for i in own]
         text = tokenizer.batch(captions, dalle.stream.text_length)[0].to(context.accelerator.device)
         rows = every_row(len(captions), range(NUM_CANDIDATES))
-        with context.autocast():
-            samples = sample_rows(
-                dalle,
-                text,
-                captions,
-                rows,
-                seed=recipe.seed,
-                settings=recipe.sampling,
-                embeddings=None if embeddings is None else embeddings.vectors(own)[[prompt for prompt, _ in rows]],
-                log_ratio=False,
-            )
-        by_prompt = samples.ids.view(len(own), NUM_CANDIDATES, -1).cpu().numpy()
+        vectors = None if embeddings is None else embeddings.vectors(own)[[prompt for prompt, _ in rows]]
+
+        def draw(places: Indices) -> Tensor:
+            with context.autocast():
+                samples = sample_rows(
+                    dalle,
+                    text,
+                    captions,
+                    [rows[place] for place in places],
+                    seed=recipe.seed,
+                    settings=recipe.sampling,
+                    embeddings=None if vectors is None else vectors[places],
+                    log_ratio=False,
+                )
+            return samples.ids.cpu()
+
+        ids = torch.cat(list(context.chunks.map(draw, np.arange(len(rows)))))
+        by_prompt = ids.view(len(own), NUM_CANDIDATES, -1).numpy()
         drawn = list(zip(own.tolist(), by_prompt, strict=True))
     if context.accelerator.num_processes > 1:
         drawn = gather_object(drawn)
@@ -297,9 +314,13 @@ def share(indices: Indices, context: EvaluationContext) -> Indices:
     return indices[context.accelerator.process_index :: context.accelerator.num_processes]
 
 
-def chunks(indices: Indices) -> Iterable[Indices]:
-    """Batches of BATCH_SIZE, the last as it comes."""
-    return (indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE))
+def total(measure: Callable[[Indices], Tensor], indices: Indices, context: EvaluationContext, num_sums: int) -> Tensor:
+    """Sums over some pictures, (num_sums,) float64, the same on every process: measure gives those over a chunk."""
+    sums = torch.zeros(num_sums, dtype=torch.float64, device=context.accelerator.device)
+    for part in context.chunks.map(measure, share(indices, context)):
+        sums += part
+    reduced: Tensor = context.accelerator.reduce(sums, "sum")
+    return reduced
 
 
 def _distinct(data: PreparedData, indices: Indices) -> Indices:

@@ -17,7 +17,6 @@ from dalle_mini_impl.training.task import EvaluationContext
 from dalle_mini_impl.vae.losses import reconstruction_metrics
 from dalle_mini_impl.vae.model import DiscreteVAE
 
-BATCH_SIZE = 64
 Rebuild = Callable[[Tensor], Tensor]
 """Pictures (B, 3, S, S) in [0, 1] to what comes back of them."""
 Eyes = Mapping[str, Callable[[Tensor], Tensor]]
@@ -58,19 +57,26 @@ def fidelity(
     places = np.arange(len(indices))[context.accelerator.process_index :: world]
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # psnr, ssim, roughness of both, pictures
     found: Found = {}
+
+    def measure(chunk: Indices) -> tuple[Tensor, Found]:
+        images = data.images(chunk).to(device)
+        with context.autocast():
+            rebuilt = rebuild(images).float()
+            moments = {
+                f"{name} {kind}": Moments.of(see(pictures).float().cpu())
+                for name, see in eyes.items()
+                for kind, pictures in (("true", images), ("rebuilt", rebuilt))
+            }
+        values = reconstruction_metrics(images, rebuilt)
+        ones = torch.ones_like(values["psnr"])
+        each = [values["psnr"], values["ssim"], _roughness(images), _roughness(rebuilt), ones]
+        return torch.stack([value.double().sum() for value in each]), moments
+
     for half in (0, 1):
-        own = places[places % 2 == half]
-        for start in range(0, len(own), BATCH_SIZE):
-            images = data.images(indices[own[start : start + BATCH_SIZE]]).to(device)
-            with context.autocast():
-                rebuilt = rebuild(images).float()
-                for name, see in eyes.items():
-                    for kind, pictures in (("true", images), ("rebuilt", rebuilt)):
-                        _add(found, f"{name} {kind} {half}", Moments.of(see(pictures).float().cpu()))
-            values = reconstruction_metrics(images, rebuilt)
-            ones = torch.ones_like(values["psnr"])
-            each = [values["psnr"], values["ssim"], _roughness(images), _roughness(rebuilt), ones]
-            sums += torch.stack([value.double().sum() for value in each])
+        for part, seen in context.chunks.map(measure, indices[places[places % 2 == half]]):
+            sums += part
+            for key, moments in seen.items():
+                _add(found, f"{key} {half}", moments)
     sums = context.accelerator.reduce(sums, "sum")
     if world > 1:
         found = _together(gather_object([found]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from dalle_mini_impl.config import Stage
+from dalle_mini_impl.out_of_memory import explained, first_line, free_what_is_left, is_out_of_memory
 from dalle_mini_impl.training.batches import Batch, split_batch, to_device
 from dalle_mini_impl.training.sharding import is_sharded, no_sync
 from dalle_mini_impl.training.task import StepContext, Task, autocast
@@ -21,10 +22,16 @@ Generators = Callable[..., torch.Generator]
 """Random numbers of a step; given numbers, those of a part of it."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the CPU had too little memory."""
-    known = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
-    return known or "not enough memory" in str(error)
+@contextlib.contextmanager
+def within_memory(stage: Stage, doing: str) -> Iterator[None]:
+    """For what can't be cut up: where memory runs out the error says in which stage, doing what, and what helps."""
+    remedy = (
+        f"free some memory, lower train.{stage}.micro_batch_size or set train.{stage}.checkpoint_gradients to true: "
+        f"the same command with --resume goes on from what is saved; or begin another --out with a smaller model or "
+        f"train.{stage}.batch_size"
+    )
+    with explained(f"{stage}: {doing}", remedy):
+        yield
 
 
 class Gradients:
@@ -68,7 +75,7 @@ class Gradients:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = _first_line(error)
+                reason = first_line(error)
             # Outside of the handler: an error keeps alive whatever the failed pass has made.
             size = self._halve(reason)
             if self.accelerator.num_processes > 1:
@@ -99,7 +106,7 @@ class Gradients:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = _first_line(error)
+                reason = first_line(error)
             self._halve(reason)
         self.module.zero_grad(set_to_none=True)
         fitting = torch.tensor([self.micro_batch_size], device=device)
@@ -138,7 +145,7 @@ class Gradients:
     def _halve(self, reason: str) -> int:
         """Drops what the failed pass has left and halves the size; returns what it was."""
         self.module.zero_grad(set_to_none=True)
-        clear_device_cache(garbage_collection=True)
+        free_what_is_left()
         size, stage = self.micro_batch_size, self.task.stage
         if size == 1:
             raise MemoryError(
@@ -155,8 +162,3 @@ class Gradients:
     def _warn(self, size: int, reason: str) -> None:
         text = self._too_much(size, reason)
         logger.warning("%s; goes on with %d at a time, the batch stays the same", text, self.micro_batch_size)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -14,18 +14,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.out_of_memory import FittingChunks
 from dalle_mini_impl.training.batches import Batch, BatchOrder, Prefetcher, derive_seed
 from dalle_mini_impl.training.budget import Plan, StageClock, format_duration
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.compiling import settling_steps, should_compile
 from dalle_mini_impl.training.dtensors import load_optimizer, part_like, whole_on_cpu
 from dalle_mini_impl.training.ema import EMA
-from dalle_mini_impl.training.gradients import Gradients
+from dalle_mini_impl.training.gradients import Gradients, within_memory
 from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_rates
 from dalle_mini_impl.training.progress import MetricsLog, Reporter, Running
 from dalle_mini_impl.training.sharding import Replica, Sharding
 from dalle_mini_impl.training.stopping import StopSignal
-from dalle_mini_impl.training.task import EvaluationContext, LossModule, Task, autocast_dtype
+from dalle_mini_impl.training.task import EVALUATED_AT_ONCE, EvaluationContext, LossModule, Task, autocast_dtype
 
 LOG_EVERY = 10
 """Steps between two lines of metrics."""
@@ -84,6 +85,8 @@ class StageTrainer:
         self.best: float | None = None
         self.best_file: str | None = None
         self.best_evaluation: dict[str, float] = {}
+        self.chunks = FittingChunks(EVALUATED_AT_ONCE)
+        self._has_evaluated = False
         self.running = Running({})
         self.trained_sec = 0.0
         self._began = self._last_save = time.monotonic()
@@ -119,6 +122,8 @@ class StageTrainer:
         with self.stop, self.stop.waiting(), reporting as reporter:
             try:
                 self._fit_memory(prefetcher)
+                if self.plan.evaluates_after(self.step):  # the evaluation that the process before was ended in
+                    self._evaluate(reporter)
                 while self.plan.total_steps is None or self.step < self.plan.total_steps:
                     self._one_step(prefetcher)
                     if self._after_step(reporter):
@@ -150,21 +155,30 @@ class StageTrainer:
         set_rates(self.optimizers, self.step, self.plan.total_steps, self.config)
         self.task.model.train()
         metrics = self._backward(batch)
-        norm = clip_gradients(self.task.model, self.config.max_grad_norm)
-        self.agreed = self._agree(norm + 0 * metrics["loss"])
-        if self.agreed.is_finite:
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.task.after_step(self.task.model, self._generator())
-            self.ema.update(self.task.model)
-            self.skipped_in_a_row = 0
-            self.running.add({**metrics, "grad_norm": norm})
-        else:
-            self._skip()
+        with self._within_memory("the optimizer's step"):
+            self._apply(metrics)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.clock.step_done()
+
+    def _apply(self, metrics: dict[str, Tensor]) -> None:
+        """Lets the gradient that is there change the weights, unless it isn't finite."""
+        norm = clip_gradients(self.task.model, self.config.max_grad_norm)
+        self.agreed = self._agree(norm + 0 * metrics["loss"])
+        if not self.agreed.is_finite:
+            self._skip()
+            return
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.task.after_step(self.task.model, self._generator())
+        self.ema.update(self.task.model)
+        self.skipped_in_a_row = 0
+        self.running.add({**metrics, "grad_norm": norm})
+
+    def _within_memory(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Where memory runs out, a clear error about what didn't fit, after how many steps."""
+        return within_memory(self.task.stage, f"{doing} after {self.step} steps")
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the global batch's loss; returns this process's part of the metrics."""
@@ -305,19 +319,19 @@ class StageTrainer:
         self.running = Running({})
 
     def _evaluate(self, reporter: Reporter) -> float:
-        """Evaluates the averaged weights, keeps them if they are the best, saves; returns the seconds it took."""
+        """Evaluates the averaged weights, keeps them if they are the best, saves; returns the seconds it took.
+
+        Saves before the process's first one as well: whether an evaluation fits the memory only shows in it, and a run
+        that it ends goes on with it, instead of going through the same steps to the same end. Processes can't do so
+        once one has failed: the others wait for it.
+        """
+        if not self._has_evaluated and self._saved_step != self.step:
+            self._save()
         start = time.monotonic()
+        with self._within_memory("evaluating"):
+            values = self._measure()
+        self._has_evaluated = True
         self.plan.last_evaluation = self.step
-        context = EvaluationContext(self.accelerator, self.samples, self.step, self.dtype)
-        with self._averaged() as model, torch.no_grad():
-            values = self.task.evaluate(model, context)
-            name = self.task.score
-            score = -values[name[1:]] if name.startswith("-") else values[name]
-            if self.best is None or math.isnan(self.best) or score >= self.best:  # of equals, the longest trained
-                self.best, self.best_evaluation = score, values
-                self.best_file = self.state.best_name(self.step)
-                if self.accelerator.is_main_process:
-                    self.state.save_best(self.best_file, model.state_dict())
         line = {"stage": self.task.stage, "step": self.step, "time_sec": round(self._elapsed(), 3), "evaluation": True}
         self.log.write({**line, **values})
         self.log.sheet(self.task.stage, self.step, self.samples / f"{self.task.stage}-{self.step:06d}.png")
@@ -328,6 +342,20 @@ class StageTrainer:
         self._last_log = (self._last_log[0] + duration_sec, self._last_log[1])
         return duration_sec
 
+    def _measure(self) -> dict[str, float]:
+        """Metrics of the averaged weights, which are kept if they are the best."""
+        context = EvaluationContext(self.accelerator, self.samples, self.step, self.dtype, self.chunks)
+        with self._averaged() as model, torch.no_grad():
+            values = self.task.evaluate(model, context)
+            name = self.task.score
+            score = -values[name[1:]] if name.startswith("-") else values[name]
+            if self.best is None or math.isnan(self.best) or score >= self.best:  # of equals, the longest trained
+                self.best, self.best_evaluation = score, values
+                self.best_file = self.state.best_name(self.step)
+                if self.accelerator.is_main_process:
+                    self.state.save_best(self.best_file, model.state_dict())
+        return values
+
     def _averaged(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The model with the averaged weights, whole on every process."""
         if self.replica is None:
@@ -337,8 +365,9 @@ class StageTrainer:
     def _save(self) -> None:
         """Writes the resumable state on the main process; the others give what they hold of it and wait."""
         is_main = self.accelerator.is_main_process
-        state = whole_on_cpu(self.state_dict(), keep=is_main)
-        running = self.running.gathered(self.accelerator)
+        with self._within_memory("saving"):
+            state = whole_on_cpu(self.state_dict(), keep=is_main)
+            running = self.running.gathered(self.accelerator)
         if is_main:
             self.state.save({**state, "running": running})
         self.accelerator.wait_for_everyone()
@@ -382,8 +411,9 @@ class StageTrainer:
         self.trained_sec = state["trained_sec"]
         plan = None if state["plan"]["total_steps"] is None else Plan(**state["plan"])
         self.clock.go_on(self.trained_sec, plan, has_new_time=has_new_time)
+        self._saved_step = self.step
         self._last_log = (time.monotonic(), self.step)
-        self.log.rewind(self.task.stage, self.step)
+        self.log.rewind(self.task.stage, self.step, evaluates=self.plan.evaluates_after(self.step))
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -58,12 +58,19 @@ class MetricsLog:
         if self.enabled and self.tracking is not None and path.is_file():
             self.tracking.log_sheet(stage, step, path)
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drops the lines of a stage after a step, and a half-written last line: they are about to be made again."""
+    def rewind(self, stage: str, step: int, *, evaluates: bool = False) -> None:
+        """Drops the lines of a stage after a step, and a half-written last line: they are about to be made again.
+
+        evaluates: so is the step's evaluation.
+        """
         if not self.enabled or not self.path.is_file():
             return
-        kept = [line for line in read_metrics(self.path) if line["stage"] != stage or line["step"] <= step]
-        write_json_lines(self.path, kept)
+
+        def comes_again(line: Mapping[str, Any]) -> bool:
+            is_evaluation_of_step = line["step"] == step and "evaluation" in line
+            return line["stage"] == stage and (line["step"] > step or (evaluates and is_evaluation_of_step))
+
+        write_json_lines(self.path, [line for line in read_metrics(self.path) if not comes_again(line)])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -76,6 +76,9 @@ _ENDED = frozenset({"caption_layers", "reading_share"})
 """Those of them whose part fine-tuning can leave out, where the recipe itself says 0."""
 
 
+MEMORY_KEYS = ("micro_batch_size", "checkpoint_gradients")
+"""Keys of a stage that a run which has run out of memory may go on with as it needs."""
+
 _NOTED = ("recipe", "data", "init_from")
 """What `check_unchanged` asks of a run's note."""
 
@@ -122,7 +125,10 @@ def check_unchanged(
     untouched: Sequence[Stage],
     out: Path,
 ) -> None:
-    """Raises ValueError that lists what differs from the run in `out`, but for sections of stages not begun yet."""
+    """Raises ValueError that lists what differs from the run in `out`.
+
+    Sections of stages not begun yet may differ, and how much memory a stage takes, which doesn't change its loss.
+    """
     # Parsed, so that a run begun before a setting existed is not another run: it gets the setting's default.
     theirs = {**_dump(Recipe.parse(note["recipe"])), "data source": note["data"], "init-from": note["init_from"]}
     init_from = init_from if init_from is not None else note["init_from"]
@@ -133,6 +139,7 @@ def check_unchanged(
         "train.stages",
         *(f"{stage}." for stage in untouched),
         *(f"train.{stage}." for stage in untouched),
+        *(f"train.{stage}.{key}" for stage in theirs["train"] for key in MEMORY_KEYS),
     )
     changed = {key: pair for key, pair in differences(theirs, ours).items() if not key.startswith(free)}
     if changed:

@@ -37,6 +37,7 @@ from dalle_mini_impl.pretrained import (
 from dalle_mini_impl.text import TextTokenizer
 from dalle_mini_impl.training.budget import Budget
 from dalle_mini_impl.training.checkpoint import StateFolder
+from dalle_mini_impl.training.gradients import within_memory
 from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.processes import check_settings, check_shared, keep_to_this_run, make_accelerator
 from dalle_mini_impl.training.progress import MetricsLog
@@ -320,6 +321,19 @@ class Run:
     def train_stage(self, stage: Stage, remaining: Sequence[Stage]) -> bool:
         """Trains the first of the remaining stages and puts it into the checkpoint; False when a signal stopped it."""
         self._check_nothing_outdated(stage)
+        with within_memory(stage, "getting its model and its data ready"):
+            trainer = self._trainer(stage, remaining)
+        with self.stop.waiting():
+            with within_memory(stage, "training"):  # the trainer says more of what it knows to be dear
+                is_finished = trainer.run()
+            if is_finished:
+                self._keep(stage, trainer.task.model, trainer.summary, remaining)
+            else:
+                logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
+            return is_finished and (len(remaining) == 1 or not self._all_stop())
+
+    def _trainer(self, stage: Stage, remaining: Sequence[Stage]) -> StageTrainer:
+        """What trains the first of the remaining stages, where its last state left it."""
         task, state = self._tasks().build(stage), self.states[stage]
         self.tracking.offset = self._steps_before(stage)
         shares: dict[str, float] = {name: getattr(self.recipe.train, name).budget_share for name in remaining}
@@ -347,13 +361,7 @@ class Run:
             self.log.rewind(stage, -1)
         if self.budget.is_used_up():
             logger.warning("the budget is used up: %s gets a few steps; --resume --budget TIME gives it more", stage)
-        with self.stop.waiting():
-            is_finished = trainer.run()
-            if is_finished:
-                self._keep(stage, task.model, trainer.summary, remaining)
-            else:
-                logger.info("%s stopped at step %d, its state is saved; --resume goes on", stage, trainer.step)
-            return is_finished and (len(remaining) == 1 or not self._all_stop())
+        return trainer
 
     def _stage_config(self, stage: Stage) -> StageConfig:
         """The recipe's settings of a stage, but what was trained before is not to be forgotten in this run's time."""

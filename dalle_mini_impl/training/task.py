@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import Stage
+from dalle_mini_impl.out_of_memory import FittingChunks
 from dalle_mini_impl.precision import computes_bf16
 from dalle_mini_impl.training.batches import Batch, BatchOrder, Indices
+
+EVALUATED_AT_ONCE = 64
+"""Pictures that an evaluation works on at once, where memory allows."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,15 @@ class StepContext:
 class EvaluationContext:
     """Where and how an evaluation runs; every process takes part in it.
 
-    folder: for pictures of samples, written by the main process. dtype: of the autocast, None for fp32.
+    folder: for pictures of samples, written by the main process. dtype: of the autocast, None for fp32. chunks: the
+    pictures that are worked on at once; processes may take different numbers of them, so none waits for another there.
     """
 
     accelerator: Accelerator
     folder: Path
     step: int
     dtype: torch.dtype | None
+    chunks: FittingChunks = field(default_factory=lambda: FittingChunks(EVALUATED_AT_ONCE))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision that the stage trains in."""

@@ -22,6 +22,7 @@ from dalle_mini_impl.data.token_cache import TokenCache, cache_fingerprint
 from dalle_mini_impl.files import write_json
 from dalle_mini_impl.pretrained import Bundle, build_clip, build_dalle, build_prior, build_upscaler, build_vae
 from dalle_mini_impl.training.batches import derive_seed
+from dalle_mini_impl.training.gradients import within_memory
 from dalle_mini_impl.training.processes import workers_of
 from dalle_mini_impl.training.progress import counting
 from dalle_mini_impl.training.task import Task, autocast, autocast_dtype
@@ -67,7 +68,7 @@ class TaskBuilder:
             decoder = None
             if recipe.clip.reconstructed_share > 0:
                 if bundle.vae is not None:
-                    decoder = (bundle.vae, self.cache())
+                    decoder = (bundle.vae, self.cache(stage))
                 else:
                     logger.warning("no VAE yet: clip.reconstructed_share has no effect, clip sees pictures only")
             clip = self._model(stage, lambda: build_clip(recipe, bundle.stream))
@@ -82,7 +83,7 @@ class TaskBuilder:
             raise ValueError(
                 f"{stage} needs a VAE: train --stage vae first, or start from a checkpoint with --init-from"
             )
-        embeddings = self.embeddings() if recipe.dalle.image_prefix else None
+        embeddings = self.embeddings(stage) if recipe.dalle.image_prefix else None
         if stage == "distill":
             if bundle.dalle is None:
                 raise ValueError(
@@ -90,9 +91,10 @@ class TaskBuilder:
                     "--init-from"
                 )
             teacher = bundle.dalle.to(self.accelerator.device)  # the loop moves what it trains alone
-            return DistillTask(teacher, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
+            parts = (self.data, recipe, bundle.tokenizer, self.cache(stage), bundle.vae, embeddings)
+            return DistillTask(teacher, *parts)
         dalle = self._model(stage, self._build_learning_dalle)
-        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(), bundle.vae, embeddings)
+        return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(stage), bundle.vae, embeddings)
 
     def _prior_task(self) -> PriorTask:
         bundle, recipe = self.bundle, self.recipe
@@ -101,7 +103,7 @@ class TaskBuilder:
                 "a prior draws picture embeddings for a DALL·E that is conditioned on them: set dalle.image_prefix, "
                 "for example to 4"
             )
-        embeddings = self.embeddings()
+        embeddings = self.embeddings("prior")
         assert bundle.clip is not None
         prior = self._model("prior", lambda: build_prior(recipe, bundle.stream))
         before = self.initial.clip if self.initial is not None else None
@@ -130,7 +132,7 @@ class TaskBuilder:
         config = recipe.data.model_copy(update={"image_size": FACTOR * recipe.data.image_size})
         large = read_pictures(self.data_spec, config, self.out, "data-large", self.accelerator)
         upscaler = self._model("upscale", lambda: build_upscaler(recipe, vae))
-        return UpscaleTask(upscaler, self.data, large, recipe, self.cache(), vae)
+        return UpscaleTask(upscaler, self.data, large, recipe, self.cache("upscale"), vae)
 
     def _build_learning_dalle(self) -> DALLE:
         """A fresh DALL·E with the weights that it has in training alone."""
@@ -154,26 +156,34 @@ class TaskBuilder:
             model.load_state_dict({**fresh, **kept})
         return model
 
-    def cache(self) -> TokenCache:
-        """The id cache of the VAE as it is now, encoded if it isn't there yet."""
+    def cache(self, stage: Stage) -> TokenCache:
+        """The id cache of the VAE as it is now, encoded if it isn't there yet. stage: that needs it."""
         assert self.bundle.vae is not None
         precision = self.recipe.train.vae.precision
-        return self._cached(TokenCache, self.bundle.vae, cache_fingerprint, precision, "encoding pictures")
+        return self._cached(stage, TokenCache, self.bundle.vae, cache_fingerprint, precision, "encoding pictures")
 
-    def embeddings(self) -> EmbeddingCache:
-        """CLIP's embeddings of all pictures, computed if they aren't there yet. Raises ValueError without a CLIP."""
+    def embeddings(self, stage: Stage) -> EmbeddingCache:
+        """CLIP's embeddings of all pictures, computed if they aren't there yet. stage: that needs them.
+
+        Raises ValueError without a CLIP.
+        """
         if self.bundle.clip is None:
             raise ValueError(
                 "picture embeddings (dalle.image_prefix) are CLIP's: train --stage clip first, or start from a "
                 "checkpoint with --init-from"
             )
         precision = self.recipe.train.clip.precision
-        return self._cached(EmbeddingCache, self.bundle.clip, embedding_fingerprint, precision, "embedding pictures")
+        return self._cached(
+            stage, EmbeddingCache, self.bundle.clip, embedding_fingerprint, precision, "embedding pictures"
+        )
 
     def _cached(
-        self, kind: type[Cache], model: Any, fingerprint_of: Callable[..., str], precision: str, what: str
+        self, stage: Stage, kind: type[Cache], model: Any, fingerprint_of: Callable[..., str], precision: str, what: str
     ) -> Cache:
-        """What a model makes of all pictures, opened or, by all processes together, built; what: that work's name."""
+        """What a model makes of all pictures, opened or, by all processes together, built; what: that work's name.
+
+        Raises MemoryError where memory is short even for one picture at a time.
+        """
         accelerator = self.accelerator
         model.to(accelerator.device).eval()
         folder, views = self.out / "cache", self.recipe.data.views
@@ -183,7 +193,8 @@ class TaskBuilder:
         if cache is not None:
             return cache
         dtype = autocast_dtype(precision, accelerator.device)
-        with counting(what, accelerator.is_main_process) as progress:
+        is_main = accelerator.is_main_process
+        with within_memory(stage, f"{what} one at a time"), counting(what, is_main) as progress:
             return kind.build(
                 folder,
                 model,

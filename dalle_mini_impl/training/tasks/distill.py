@@ -14,7 +14,7 @@ from dalle_mini_impl.dalle import DALLE, nll_sum
 from dalle_mini_impl.filters import guidance_scales, guide
 from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
-from dalle_mini_impl.training.batches import Batch, rows_where
+from dalle_mini_impl.training.batches import Batch, Indices, rows_where
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks.dalle import DALLETask
 
@@ -98,18 +98,19 @@ class DistillTask(DALLETask):
 
     def _mean_divergence(self, dalle: DALLE, context: EvaluationContext) -> float:
         """Nats a picture token over held-out pictures, the same on every process."""
-        accelerator = context.accelerator
-        sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         parts = (self.tokenizer, self.cache, context, self.embeddings)
-        for _, text, ids, embedding in evaluation.streams(dalle, self.data, self.held_out, *parts):
+
+        def measure(chunk: Indices) -> Tensor:
+            text, ids, embedding = evaluation.streams(dalle, self.data, chunk, *parts)
             view = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
             batch = {"text": text, "inputs": ids, "ids": ids, "view": view}
             if embedding is not None:
                 batch["embedding"] = embedding
             with context.autocast():
                 divergence = self._divergence(dalle, batch)[1]
-            sums += torch.stack([divergence.double(), divergence.new_tensor(ids.numel(), dtype=torch.float64)])
-        total, count = accelerator.reduce(sums, "sum").tolist()
+            return torch.stack([divergence.double(), divergence.new_tensor(ids.numel(), dtype=torch.float64)])
+
+        total, count = evaluation.total(measure, self.held_out, context, 2).tolist()
         return float(total / count)
 
     def describe(self, metrics: dict[str, float]) -> str:

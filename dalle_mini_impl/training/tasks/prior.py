@@ -118,8 +118,8 @@ class PriorTask(BaseTask):
         prior = cast(Prior, model)
         device = context.accelerator.device
         clip = self._frozen_clip(device)
-        sums = torch.zeros(8, dtype=torch.float64, device=device)
-        for chunk in evaluation.chunks(evaluation.share(self.held_out, context)):
+
+        def measure(chunk: Indices) -> Tensor:
             captions = [self.data.captions[index][0] for index in chunk]
             text = self.tokenizer.batch(captions, clip.text_length)[0].to(device)
             true = self.embeddings.vectors(chunk).to(device)
@@ -133,8 +133,9 @@ class PriorTask(BaseTask):
             others = self.embeddings.vectors(self._others(chunk)).to(device)
             cosines = [(vectors * true).sum() for vectors in (drawn, others, texts, prior.codec.decode(codes))]
             fit = (drawn * texts).sum()
-            sums += torch.stack([nll.sum(), unigram.sum(), *cosines, fit, nll.new_tensor(len(chunk))])
-        nll, unigram, *cosines, fit, count = context.accelerator.reduce(sums, "sum").tolist()
+            return torch.stack([nll.sum(), unigram.sum(), *cosines, fit, nll.new_tensor(len(chunk))])
+
+        nll, unigram, *cosines, fit, count = evaluation.total(measure, self.held_out, context, 8).tolist()
         num_codes = count * prior.codec.num_dims
         names = ("cosine_drawn", "cosine_other", "cosine_caption", "cosine_codec")
         return {

@@ -78,16 +78,20 @@ class UpscaleTask(BaseTask):
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """PSNR (dB) and SSIM on large held-out pictures, beside those of enlarging the VAE's own; writes a sheet."""
-        accelerator = context.accelerator
-        sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
-        for chunk in evaluation.chunks(evaluation.share(self.held_out, context)):
-            large, drawn, resized = self._pictures(model, chunk, context)
+
+        def pictures(chunk: Indices) -> tuple[Tensor, ...]:
+            return self._pictures(model, chunk, context)
+
+        def measure(chunk: Indices) -> Tensor:
+            large, drawn, resized = pictures(chunk)
             values = [reconstruction_metrics(large, pictures) for pictures in (drawn, resized)]
             parts = [value[name].sum() for value in values for name in ("psnr", "ssim")]
-            sums += torch.stack([*parts, parts[0].new_tensor(len(large))])
-        *totals, count = accelerator.reduce(sums, "sum").tolist()
-        if accelerator.is_main_process:
-            large, drawn, _ = self._pictures(model, self.held_out[: evaluation.NUM_RECONSTRUCTIONS], context)
+            return torch.stack([*parts, parts[0].new_tensor(len(large))])
+
+        *totals, count = evaluation.total(measure, self.held_out, context, 5).tolist()
+        if context.accelerator.is_main_process:
+            first = context.chunks.map(pictures, self.held_out[: evaluation.NUM_RECONSTRUCTIONS])
+            large, drawn, _ = (torch.cat(parts) for parts in zip(*first, strict=True))
             context.folder.mkdir(parents=True, exist_ok=True)
             save_sheet(reconstruction_sheet(large, drawn), context.folder / f"upscale-{context.step:06d}.png")
         names = ("psnr", "ssim", "psnr_resized", "ssim_resized")

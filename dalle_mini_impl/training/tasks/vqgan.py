@@ -165,9 +165,14 @@ class VQGANTask(VAETask):
 
     def _write_sheet(self, vae: DiscreteVAE, context: EvaluationContext) -> None:
         """Originals, what came back of them before this stage, and what comes back now."""
-        images = self.data.images(self.held_out[:NUM_RECONSTRUCTIONS]).to(context.accelerator.device)
-        with context.autocast():
-            before, after = (through(version)(images) for version in (self.before, vae))
+
+        def rebuilt(chunk: Indices) -> tuple[Tensor, ...]:
+            images = self.data.images(chunk).to(context.accelerator.device)
+            with context.autocast():
+                return images, *(through(version)(images) for version in (self.before, vae))
+
+        parts = context.chunks.map(rebuilt, self.held_out[:NUM_RECONSTRUCTIONS])
+        images, before, after = (torch.cat(part) for part in zip(*parts, strict=True))
         context.folder.mkdir(parents=True, exist_ok=True)
         sheet = comparison_sheet({"originals": images, "before": before, "after": after})
         save_sheet(sheet, context.folder / f"vqgan-{context.step:06d}.png")
