@@ -88,7 +88,9 @@ def _command(arguments: Sequence[str], point: str) -> None:
 
 def _come_by(point: str) -> None:
     place, _, number = point.partition(":")
-    if place.startswith("memory"):
+    if place == "memory-in-evaluation":
+        _before(VAETask, "evaluate", _raise_out_of_memory)
+    elif place.startswith("memory"):
         _run_out_of_memory(int(number), only_in_steps=place == "memory-in-steps")
     elif place == "gradients":
         _keep_gradients(Path(number))
@@ -180,6 +182,10 @@ def _soon(come_by: Callable[[], None]) -> None:
     time.sleep(0.4)
 
 
+def _raise_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 def _run_out_of_memory(most: int, only_in_steps: bool) -> None:
     """Lets a gradient of more than some pictures fail; only_in_steps: not where it is tried what fits."""
     for task in (VAETask, CLIPTask, DALLETask):
@@ -187,7 +193,7 @@ def _run_out_of_memory(most: int, only_in_steps: bool) -> None:
 
         def failing(self: Any, model: Any, batch: Any, context: Any, loss: Any = loss) -> Any:
             if len(next(iter(batch.values()))) > most and not (only_in_steps and not model.training):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                _raise_out_of_memory()
             return loss(self, model, batch, context)
 
         task.loss = failing

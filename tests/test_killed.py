@@ -75,6 +75,16 @@ def test_killed_anywhere_a_run_goes_on_to_the_same_bits(whole: Path, tmp_path: P
     assert not list(killed.rglob(".*.tmp")) and not list(killed.rglob(".*.partial")), "what was half-written is left"
 
 
+def test_killed_between_an_evaluation_and_its_state_a_run_makes_it_once_more(whole: Path, tmp_path: Path) -> None:
+    """Of the same step there is a state already: the first evaluation of a process comes after a save of its own."""
+    killed = tmp_path / "killed"
+    for point in ("state:3", "index:1"):
+        assert train_in_processes(recipe(), DATA, killed, {0: point}) == [KILLED]
+        assert steps_done(killed, "vae") == 2
+    assert train_in_processes(recipe(), DATA, killed) == [0]
+    assert_same(killed, whole)
+
+
 POINTS_OF_TWO = (
     "pictures step:2 state:1 optimizer:1 finish encoding best:1 next-stage:2 optimizer:2 step:3 finish"
 ).split()
@@ -176,3 +186,14 @@ def test_two_processes_find_a_micro_batch_that_fits_both(tmp_path: Path) -> None
     assert codes[1] == 1, "in a step, where they wait for each other, it takes a new start"
     codes = train_in_processes(recipe(), DATA, stopped, {1: "memory-in-steps:2"}, world_size=2, stages=["vae"])
     assert codes == [0, 0]
+
+
+def test_an_evaluation_that_one_of_two_processes_has_no_memory_for_is_what_they_go_on_with(tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train_in_processes(recipe(), DATA, whole, world_size=2, stages=["vae"]) == [0, 0]
+    for _ in range(2):
+        codes = train_in_processes(recipe(), DATA, out, {1: "memory-in-evaluation"}, world_size=2, stages=["vae"])
+        assert codes[1] == 1
+        assert steps_done(out, "vae") == 2, "what was done before the evaluation is kept"
+    assert train_in_processes(recipe(), DATA, out, world_size=2, stages=["vae"]) == [0, 0]
+    assert_same(out, whole)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle_mini_impl.training import checkpoint
 from dalle_mini_impl.training.checkpoint import KEPT_STATES, StateFolder
-from dalle_mini_impl.training.progress import MetricsLog
+from dalle_mini_impl.training.progress import MetricsLog, read_metrics
 from dalle_mini_impl.weights import save_weights
 
 
@@ -75,6 +76,25 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert left == ["best-00000005.safetensors", "index.json", "step-00000005.pt", "step-00000012.pt"]
 
 
+def test_a_second_state_of_a_step_does_not_take_the_place_of_the_first_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = StateFolder(tmp_path)
+    states.save({"step": 5, "value": "first"})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_json", killed)
+        states.save({"step": 5, "value": "second"})
+    assert states.load()["value"] == "first" and not caplog.records
+    for value in ("second", "third", "fourth"):
+        states.save({"step": 5, "value": value})
+        assert states.load()["value"] == value
+    assert len(list(tmp_path.glob("*.pt"))) == 2
+
+
 def test_where_no_state_is_whole_all_are_named(tmp_path: Path) -> None:
     states = StateFolder(tmp_path / "vae")
     for step in (5, 10):
@@ -122,6 +142,22 @@ def test_lines_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     log.rewind("dalle", 20)
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("vae", 20), ("dalle", 10), ("dalle", 20)]
+
+
+def test_the_evaluation_of_the_resumed_step_is_dropped_where_it_is_made_again(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    lines = [
+        {"stage": "vae", "step": 20, "time_sec": 1.0, "evaluation": True},
+        {"stage": "dalle", "step": 10, "time_sec": 1.0, "evaluation": True},
+        {"stage": "dalle", "step": 20, "time_sec": 2.0},
+        {"stage": "dalle", "step": 20, "time_sec": 2.0, "evaluation": True},
+    ]
+    for line in lines:
+        log.write(line)
+    log.rewind("dalle", 20)
+    assert read_metrics(log.path) == lines
+    log.rewind("dalle", 20, evaluates=True)
+    assert read_metrics(log.path) == lines[:3]
 
 
 def test_other_processes_write_no_metrics(tmp_path: Path) -> None:

@@ -14,24 +14,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dalle_mini_impl.cli.app import run_verb
-from dalle_mini_impl.config import Recipe
+from dalle_mini_impl.clip import CLIP
+from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
-from dalle_mini_impl.training import loop
+from dalle_mini_impl.prior import Prior
+from dalle_mini_impl.training import evaluation, loop
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import ORDER
 from dalle_mini_impl.training.task import LossModule
 from dalle_mini_impl.training.tasks import clip, dalle, vae
+from dalle_mini_impl.vae.model import DiscreteVAE
 from tests.test_killed import assert_same
-from tests.tiny import TINY_VALUES, tiny_recipe
+from tests.tiny import TIMED, TINY_VALUES, tiny_recipe
 
 DATA = "shapes:count=40"
+MEMORY_ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:94] . DefaultCPUAllocator: not enough memory: you tried to"),
+]
 QUICK = ["steps=4", "batch_size=8", "evaluations=1", "warmup_steps=2", "precision=fp32"]
 
 
@@ -161,18 +171,13 @@ def test_a_loss_that_is_not_finite_ends_the_command_in_one_line_even_where_its_g
 def limited_memory(most: dict[str, int], failed: list[str]) -> Callable[..., Any]:
     """A loss that runs out of memory for micro-batches above a size, in the words of each device."""
     forward = LossModule.forward
-    errors = [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:94] . DefaultCPUAllocator: not enough memory: you tried to"),
-    ]
 
     def limited(self: LossModule, batch: Any, context: Any) -> Any:
         stage = self._task.stage
         loss = forward(self, batch, context)  # fails late, when the step has left all that it can leave
         if len(next(iter(batch.values()))) > most[stage]:
             failed.append(stage)
-            raise errors[len(failed) % 3]
+            raise MEMORY_ERRORS[len(failed) % 3]
         return loss
 
     return limited
@@ -216,6 +221,131 @@ def test_where_not_even_one_picture_fits_the_error_says_what_helps(
     line = error_line(capfd.readouterr().err)
     assert "vae: one picture at a time is too much for the memory" in line
     assert "checkpoint_gradients to true" in line
+
+
+def runs_out(original: Callable[..., Any], most: int, tried: list[int]) -> Callable[..., Any]:
+    """A function that, without gradients, runs out of memory where its last argument has more than some rows."""
+
+    def limited(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)  # fails late
+        if not torch.is_grad_enabled():
+            tried.append(len(arguments[-1]))
+            if tried[-1] > most:
+                raise MEMORY_ERRORS[len(tried) % 3]
+        return result
+
+    return limited
+
+
+def evaluations(out: Path) -> list[dict[str, Any]]:
+    lines = [line for line in log(out) if "evaluation" in line]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+
+
+def test_evaluations_and_caches_take_fewer_pictures_where_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[Stage] = ["vae", "clip", "prior", "dalle"]
+    own = recipe("dalle.image_prefix=2", *(f"train.prior.{value}" for value in QUICK))
+    plenty, little = tmp_path / "plenty", tmp_path / "little"
+    assert train(own, DATA, plenty, stages=stages)
+    tried: dict[str, list[int]] = {}
+    places = [(DiscreteVAE, "encode"), (CLIP, "places"), (Prior, "nll"), (DALLE, "loss"), (evaluation, "sample_rows")]
+    for owner, name in places:
+        limited = runs_out(getattr(owner, name), 1, tried.setdefault(name, []))
+        monkeypatch.setattr(owner, name, limited)
+    assert train(own, DATA, little, stages=stages)
+    assert all(1 in sizes for sizes in tried.values())
+    assert {name for name, sizes in tried.items() if max(sizes) > 1} >= {"encode", "places", "nll", "loss"}
+    for ours, expected in zip(evaluations(little), evaluations(plenty), strict=True):
+        assert ours.pop("stage") == expected.pop("stage")
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert np.array_equal(np.load(little / "cache" / "tokens.npy"), np.load(plenty / "cache" / "tokens.npy"))
+    embeddings = [np.load(out / "cache" / "embeddings.npy").astype(np.float32) for out in (little, plenty)]
+    assert np.allclose(*embeddings, atol=1e-3)
+
+
+def test_an_evaluation_remembers_how_many_pictures_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    monkeypatch.setattr(DiscreteVAE, "encode", runs_out(DiscreteVAE.encode, 2, tried))
+    assert train(recipe("train.vae.evaluations=4"), DATA, tmp_path / "run", stages=["vae"])
+    assert sum(size > 2 for size in tried) <= 2 and len(evaluations(tmp_path / "run")) == 4
+
+
+def test_an_evaluation_that_does_not_fit_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its error used to be a traceback, and its steps were lost: --resume went through them to the same end."""
+    whole, out, steps = tmp_path / "whole", tmp_path / "run", []
+    assert run_command(command(whole, "--stage", "vae")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(DiscreteVAE, "encode", runs_out(DiscreteVAE.encode, 0, []))
+        capfd.readouterr()
+        assert run_command(command(out, "--stage", "vae")) == 1
+        line = error_line(capfd.readouterr().err)
+        assert "vae: evaluating after 4 steps is too much for the memory (" in line
+        for remedy in ("micro_batch_size", "checkpoint_gradients", "batch_size"):
+            assert f"train.vae.{remedy}" in line
+        assert "a smaller model" in line and "--resume goes on" in line
+        assert StateFolder(out / "state" / "vae").step == 4
+        one_step = loop.StageTrainer._one_step
+        patch.setattr(loop.StageTrainer, "_one_step", lambda *args: (steps.append(1), one_step(*args)))
+        assert run_command(command(out, "--stage", "vae", "--resume")) == 1
+        assert "vae: evaluating after 4 steps" in error_line(capfd.readouterr().err)
+    remedy = ("--set", "train.vae.checkpoint_gradients=true", "--set", "train.vae.micro_batch_size=4")
+    assert run_command(command(out, "--stage", "vae", "--resume", *remedy)) == 0
+    assert not steps, "no step was taken twice"
+    assert_same(out, whole)
+
+
+def test_an_optimizer_that_does_not_fit_is_one_clear_error_and_the_last_state_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert run_command(command(whole, "--stage", "vae")) == 0
+    update = loop.EMA.update
+
+    def failing(self: loop.EMA, *arguments: Any) -> None:
+        if self.num_updates == 2:
+            raise MEMORY_ERRORS[0]
+        update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.EMA, "update", failing)
+        patch.setattr(loop, "SAVE_EVERY_SEC", 0.0)
+        capfd.readouterr()
+        assert run_command(command(out, "--stage", "vae")) == 1
+    line = error_line(capfd.readouterr().err)
+    assert "vae: the optimizer's step after 2 steps is too much for the memory (CUDA out of memory" in line
+    assert StateFolder(out / "state" / "vae").step == 2
+    assert run_command(command(out, "--stage", "vae", "--resume")) == 0
+    assert_same(out, whole)
+
+
+def test_a_picture_that_the_cache_cannot_encode_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run_command(command(out, "--stage", "vae")) == 0
+    monkeypatch.setattr(DiscreteVAE, "encode", runs_out(DiscreteVAE.encode, 0, []))
+    capfd.readouterr()
+    assert run_command(command(out, "--stage", "dalle", "--resume")) == 1
+    line = error_line(capfd.readouterr().err)
+    assert "dalle: encoding pictures one at a time is too much for the memory (" in line and "free some memory" in line
+
+
+def test_any_command_that_runs_out_of_memory_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def failing() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand where it went")
+
+    monkeypatch.setattr("dalle_mini_impl.cli.caption.caption", failing)
+    with pytest.raises(SystemExit) as ended:
+        run_verb("caption", [])
+    assert ended.value.code == 1
+    line = error_line(capfd.readouterr().err)
+    assert "too much for the memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in line
 
 
 def test_an_error_that_is_not_of_the_memory_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,12 @@ def test_sampling_settings_and_stages_not_begun_may_change(finished: Path, tmp_p
     assert bundle.dalle is not None and bundle.dalle.config.dim == 64
 
 
+def test_what_memory_a_stage_takes_may_change(finished: Path) -> None:
+    assert train(recipe("train.dalle.micro_batch_size=1", "train.dalle.checkpoint_gradients=true"), DATA, finished)
+    with pytest.raises(ValueError, match=r"holds another run \(train\.dalle\.batch_size was"):
+        train(recipe("train.dalle.batch_size=2"), DATA, finished)
+
+
 def interrupt(monkeypatch: pytest.MonkeyPatch, after: int, how: Callable[[], None]) -> None:
     """Lets `how` happen in the middle of the given step of the run, counted over all stages."""
     original = loop.StageTrainer._one_step

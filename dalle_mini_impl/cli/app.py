@@ -100,6 +100,7 @@ def _load(verb: str) -> Callable[..., Any]:
 def reporting_errors() -> Iterator[None]:
     """Makes errors that a person can help one clear message and an exit status."""
     process = os.environ.get("LOCAL_RANK", "0")
+    failed = "error" if process == "0" else f"error in process {process}"
     try:
         with leaving_together():
             yield
@@ -115,17 +116,17 @@ def reporting_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         logging.getLogger("dalle_mini_impl").debug("where it happened", exc_info=True)
-        reason = f"too much for the memory ({first_line(error)}); ask for less at a time, or free some memory"
-        typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {reason}", err=True)
+        reason = f"too much for the memory ({first_line(error)})"
+        typer.echo(f"{failed}: {reason}; ask for less at a time, or free some memory", err=True)
         raise typer.Exit(1) from None
     except (MemoryError, LostProcessError) as error:
-        typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {error or 'no memory'}", err=True)
+        typer.echo(f"{failed}: {error or 'no memory'}", err=True)
         raise typer.Exit(1) from None
     except OSError as error:
         if error.errno == errno.EPIPE:  # whoever read our output has enough of it
             raise
         logging.getLogger("dalle_mini_impl").debug("where it happened", exc_info=True)
-        typer.echo(f"error{'' if process == '0' else f' in process {process}'}: {_explain(error)}", err=True)
+        typer.echo(f"{failed}: {_explain(error)}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -12,9 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from dalle_mini_impl.files import FolderLock
-
 from dalle_mini_impl.data.array_cache import Workers
+from dalle_mini_impl.files import FolderLock
 
 LONGEST_WAIT = timedelta(hours=24)
 """How long processes wait for each other: the first one may read pictures for hours. One that dies ends the others."""
