@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dalle_mini_impl.config import Recipe
-from dalle_mini_impl.training import loop
+from dalle_mini_impl.training import loop, muon
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import ORDER
 from tests.tiny import tiny_recipe
@@ -24,7 +24,7 @@ NAMES = ("loss", "grad_norm")
 
 
 def recipe() -> Recipe:
-    """AdamW where rounding is to stay rounding; Muon, whose products are bf16, in the last stage."""
+    """AdamW in two stages, Muon in the last."""
     quick = ["steps=20", "batch_size=8", "evaluations=1", "warmup_steps=5", "precision=fp32"]
     settings = [f"train.{stage}.{value}" for stage in ORDER for value in quick]
     optimizers = [
@@ -34,12 +34,11 @@ def recipe() -> Recipe:
 
 
 def measured(out: Path) -> dict[str, dict[str, list[float]]]:
-    """Loss and norm of the gradient of each step of each stage."""
-    log_every, loop.LOG_EVERY = loop.LOG_EVERY, 1
-    try:
+    """Loss and gradient norm of each step of each stage, all in fp32: Muon makes much of what bf16 rounds away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_EVERY", 1)
+        patch.setattr(muon, "computes_bf16", lambda device: False)
         assert train(recipe(), "shapes:count=60", out)
-    finally:
-        loop.LOG_EVERY = log_every
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = {stage: [line for line in lines if line["stage"] == stage and "grad_norm" in line] for stage in ORDER}
     return {stage: {name: [line[name] for line in steps[stage]] for name in NAMES} for stage in ORDER}

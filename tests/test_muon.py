@@ -154,6 +154,29 @@ def test_one_shape_in_a_batch_equals_one_by_one() -> None:
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_stacked_matrices_move_as_if_each_were_alone(weight_decay: float, number_type: str) -> None:
+    """A matrix with large gradients, as values beside queries have, takes nothing from the others."""
+    stacked = _parameters((15, 8), (15, 8))
+    alone = [[nn.Parameter(part.clone()) for part in p.detach().chunk(3)] for p in stacked]
+    muons = [Muon([{"params": stacked, "stacked": 3}], lr=0.1, weight_decay=weight_decay)]
+    muons += [Muon(parts, lr=0.1, weight_decay=weight_decay) for parts in alone]
+    for step in range(3):
+        for parameter, gradient, parts in zip(stacked, _gradients(stacked, step), alone, strict=True):
+            parameter.grad = gradient * torch.tensor([1.0, 100.0, 0.01]).repeat_interleave(5)[:, None]
+            for part, own in zip(parts, parameter.grad.chunk(3), strict=True):
+                part.grad = own
+        for muon in muons:
+            muon.step()
+    for parameter, parts in zip(stacked, alone, strict=True):
+        assert torch.allclose(parameter, torch.cat(parts), atol=1e-3)
+
+
+def test_rows_that_are_no_such_stack_are_refused() -> None:
+    with pytest.raises(ValueError, match="16 rows can't be 3 matrices one above the other"):
+        Muon([{"params": _parameters((16, 8)), "stacked": 3}], lr=0.1)
+
+
 def test_what_has_no_gradient_stays_and_vectors_are_refused() -> None:
     used, unused = _parameters((4, 4), (4, 4))
     used.grad = torch.randn(4, 4)

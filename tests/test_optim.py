@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.layers.attention import Attention
 from dalle_mini_impl.training.ema import EMA
 from dalle_mini_impl.training.optim import (
     MOST_FORGOTTEN,
@@ -54,8 +55,20 @@ def test_muon_takes_the_hidden_matrices_and_adamw_every_other_weight_once() -> N
     assert sorted(taken[0] + taken[1]) == sorted(id(p) for p in dalle.parameters())
     assert all(group["weight_decay"] == 0 for group in adamw.param_groups if group["params"][0].ndim < 2)
     set_rates([adamw, muon], 0, None, config.model_copy(update={"warmup_steps": 2}))
-    assert [group["lr"] for group in muon.param_groups] == [0.01]
-    assert muon.param_groups[0]["weight_decay"] == 0.1
+    assert {group["lr"] for group in muon.param_groups} == {0.01}
+    assert {group["weight_decay"] for group in muon.param_groups} == {0.1}
+
+
+def test_muon_takes_queries_keys_and_values_head_by_head() -> None:
+    bundle = tiny_bundle()
+    for model in (bundle.dalle, bundle.clip):
+        assert model is not None
+        _, muon = build_optimizers(model, StageConfig(optimizer="muon"))
+        stacked = {parameter: group["stacked"] for group in muon.param_groups for parameter in group["params"]}
+        assert set(stacked) == set(model.hidden_matrices())
+        attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        expected = {attention.qkv.weight: 3 * attention.heads for attention in attentions}
+        assert len(expected) > 1 and {p: count for p, count in stacked.items() if count != 1} == expected
 
 
 @pytest.mark.parametrize("total", [200, 20_000])
@@ -67,9 +80,9 @@ def test_muon_forgets_within_a_share_of_the_run_whatever_its_length(total: int) 
     set_rates([adamw, muon], 0, None, config)  # while its length isn't known
     assert muon.param_groups[0]["weight_decay"] == 0
     set_rates([adamw, muon], 0, total, config)
-    [group] = muon.param_groups
-    left = (1 - group["lr"] * group["weight_decay"]) ** (0.4 * total)
-    assert left == pytest.approx(math.exp(-1), rel=0.01)
+    for group in muon.param_groups:
+        left = (1 - group["lr"] * group["weight_decay"]) ** (0.4 * total)
+        assert left == pytest.approx(math.exp(-1), rel=0.01)
     assert adamw.param_groups[0]["weight_decay"] == 0.3
 
 

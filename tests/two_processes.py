@@ -34,7 +34,7 @@ from dalle_mini_impl.training.processes import make_accelerator
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import EvaluationContext, LossModule
 
-SHAPES = [(5, 18), (18, 5), (1, 6), (5, 18), (3, 2, 3, 3), (3, 18)]
+SHAPES = [(5, 18), (18, 5), (1, 6), (5, 18), (3, 2, 3, 3), (3, 18), (6, 18)]
 """Rows that two processes can't share evenly, one that only one of them has, and a kernel beside a matrix."""
 
 
@@ -121,7 +121,8 @@ def check_muon() -> None:
     plain = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in SHAPES)
     shared = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in plain)
     fully_shard(shared)
-    muons = [Muon(plain, lr=0.1, weight_decay=0.1), Muon(shared, lr=0.1, weight_decay=0.1)]
+    groups = [[{"params": p[:-1]}, {"params": p[-1:], "stacked": 3}] for p in map(list, (plain, shared))]
+    muons = [Muon(group, lr=0.1, weight_decay=0.1) for group in groups]
     for _ in range(3):
         gradients = [torch.randn(p.shape) for p in plain]
         for parameters in (plain, shared):

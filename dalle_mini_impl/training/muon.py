@@ -110,25 +110,32 @@ class Muon(Optimizer):
     With that scale (arXiv 2502.16982) its learning rates and weight decays are comparable to AdamW's.
     smallest: singular values of a direction from this share of its Frobenius norm on end near 1, smaller ones below;
     the smaller, the more iterations.
-    Raises ValueError for a parameter with fewer than two dimensions.
+    Groups of parameters may say how many matrices each parameter is, one above the other ("stacked", 1 by default):
+    every one of them gets a direction of its own.
+    Raises ValueError for a parameter with fewer than two dimensions, or whose rows are no multiple of "stacked".
     """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         *,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         smallest: float = 1.5e-3,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1})
         self.polynomials = polar_polynomials(smallest)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
                     raise ValueError(
                         f"Muon takes matrices and kernels, not shape {tuple(parameter.shape)}: give it to AdamW"
+                    )
+                if parameter.shape[0] % group["stacked"]:
+                    raise ValueError(
+                        f"{parameter.shape[0]} rows can't be {group['stacked']} matrices one above the other: "
+                        f'"stacked" has to divide them'
                     )
 
     @torch.no_grad()
@@ -155,8 +162,9 @@ class Muon(Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
         stack = whole_stack([direction.flatten(1) for direction in directions], parameters[0])
-        update = orthogonalize(stack, self.polynomials)
-        scale = 0.2 * max(update.shape[1:]) ** 0.5
+        single = stack.view(len(stack) * group["stacked"], -1, stack.shape[2])
+        update = orthogonalize(single, self.polynomials).reshape(stack.shape)
+        scale = 0.2 * max(single.shape[1:]) ** 0.5
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         moves = [row.view(p.shape).to(p.dtype) for row, p in zip(update.contiguous(), parameters, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dalle_mini_impl.config import StageConfig
+from dalle_mini_impl.layers.attention import Attention
 from dalle_mini_impl.training.dtensors import local, rows_of, whole
 from dalle_mini_impl.training.muon import Muon
 
@@ -34,7 +36,8 @@ def learning_rate_share(step: int, total: int | None, config: StageConfig) -> fl
 def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     """AdamW for all parameters, or Muon for `model.hidden_matrices()` and AdamW for the rest.
 
-    Weight decay acts on matrices and convolutions only. Each group keeps its peak rate under "peak_lr".
+    Muon takes the queries, keys and values of each attention head as matrices of their own. Weight decay acts on
+    matrices and convolutions only. Each group keeps its peak rate under "peak_lr".
     Raises ValueError where Muon is asked for and the model has no hidden matrices.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -59,11 +62,20 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     optimizers: list[Optimizer] = [adamw]
     if matrices:
         rates = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
-        optimizers.append(Muon(matrices, smallest=config.muon_smallest, **rates))
+        optimizers.append(Muon(_by_stacked(model, matrices), smallest=config.muon_smallest, **rates))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _by_stacked(model: nn.Module, matrices: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Muon's groups of parameters: those of an attention that are so many matrices together, and all others."""
+    stacked = {module.qkv.weight: 3 * module.heads for module in model.modules() if isinstance(module, Attention)}
+    groups: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for parameter in matrices:
+        groups[stacked.get(parameter, 1)].append(parameter)
+    return [{"params": parameters, "stacked": count} for count, parameters in groups.items()]
 
 
 def set_rates(optimizers: list[Optimizer], step: int, total: int | None, config: StageConfig) -> None:
