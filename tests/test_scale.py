@@ -15,10 +15,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 
 from dalle_mini_impl.config import Recipe, Stage, StageConfig
+from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.sharding import Replica, Sharding
 from dalle_mini_impl.training.stages import ORDER
 from tests.test_training_run import DATA, lines, recipe
+from tests.test_training_tasks import vae_task
 from tests.tiny import tiny_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +138,42 @@ def test_recipes_that_processes_would_pass_differently_are_refused() -> None:
         Sharding().check("dalle", torch.nn.Linear(1, 1), StageConfig(compile=True))
     with pytest.raises(ValueError, match="--stage vqgan and a config without FSDP"):
         Sharding().check("vqgan", torch.nn.Linear(1, 1), StageConfig())
+
+
+class Elsewhere(Processes):
+    """Processes on a device that models aren't built on."""
+
+    device = torch.device("meta")
+    process_index = 0
+
+
+def test_a_model_is_shared_out_before_any_of_its_weights_is_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[str]] = []
+
+    class Stop(Exception):
+        pass
+
+    class Probe(Sharding):
+        def apply(self, module: torch.nn.Module) -> None:
+            seen.extend({t.device.type for t in tensors} for tensors in (module.parameters(), module.buffers()))
+            raise Stop
+
+    monkeypatch.setattr(Sharding, "of", lambda accelerator: Probe())
+    accelerator: Any = Elsewhere()
+    parts: Any = dict.fromkeys(("state", "log", "samples"))
+    with pytest.raises(Stop):
+        StageTrainer(vae_task(), StageConfig(), accelerator=accelerator, seed=0, **parts)
+    assert seen == [{"cpu"}, {"meta"}], "its buffers alone have moved: nothing shares them out"
+
+
+def test_a_replica_takes_whole_weights_without_another_copy() -> None:
+    dalle = tiny_bundle().dalle
+    assert dalle is not None
+    weights = dalle.state_dict()
+    taken = Replica(dalle).take(weights)
+    assert all(parameter.data_ptr() == weights[name].data_ptr() for name, parameter in taken.named_parameters())
 
 
 def test_a_replica_has_weights_only_while_it_is_lent() -> None:

@@ -24,7 +24,7 @@ from dalle_mini_impl.training.ema import EMA
 from dalle_mini_impl.training.gradients import Gradients, within_memory
 from dalle_mini_impl.training.optim import build_optimizers, clip_gradients, learning_rate_share, set_rates
 from dalle_mini_impl.training.progress import MetricsLog, Reporter, Running
-from dalle_mini_impl.training.sharding import Replica, Sharding
+from dalle_mini_impl.training.sharding import Replica, Sharding, move_buffers
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task import EVALUATED_AT_ONCE, EvaluationContext, LossModule, Task, autocast_dtype
 
@@ -65,7 +65,6 @@ class StageTrainer:
         self.stop = stop or StopSignal()
         self.order = BatchOrder(task.num_items, config.batch_size, derive_seed(seed, task.stage, "order"))
         self.order.positions(0, accelerator.process_index, accelerator.num_processes)  # refuses an uneven split early
-        task.model.to(accelerator.device)
         if config.checkpoint_gradients:
             cast(Any, task.model).checkpoint_blocks()
         self.dtype = autocast_dtype(config.precision, accelerator.device)
@@ -98,9 +97,11 @@ class StageTrainer:
         module = LossModule(self.task, self.accelerator.device, self.dtype)
         sharding = Sharding.of(self.accelerator)
         if sharding is None:
+            self.task.model.to(self.accelerator.device)
             prepared: nn.Module = self.accelerator.prepare(module)
             return prepared, None
         sharding.check(self.task.stage, self.task.model, self.config)
+        move_buffers(self.task.model, self.accelerator.device)
         replica = Replica(self.task.model)
         sharding.apply(module)
         return module, replica

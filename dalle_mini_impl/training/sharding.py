@@ -19,7 +19,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import Stage, StageConfig
-from dalle_mini_impl.training.dtensors import whole
+from dalle_mini_impl.training.dtensors import is_shared, whole
 
 UNITS = ("Block",)
 """Classes of modules whose weights are gathered together, just before they are needed."""
@@ -78,7 +78,11 @@ class Sharding:
             raise ValueError("compile = true doesn't work with FSDP: leave it at auto, or use a config without FSDP")
 
     def apply(self, module: nn.Module) -> None:
-        """Shares out a module's weights, in place; its own forward is the one that gathers them."""
+        """Shares out a module's weights, in place; its own forward is the one that gathers them.
+
+        Weights may lie on the host: each unit is moved to the device as it is shared out (`fully_shard` does that), so
+        that no device ever holds more than its parts and one whole unit.
+        """
         from torch.distributed.fsdp import fully_shard
 
         for part in reversed(list(module.modules())):
@@ -89,6 +93,13 @@ class Sharding:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Moves a module's buffers, in place, and leaves its parameters where they are."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -118,21 +129,26 @@ class Replica:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Copies a model that isn't sharded yet, all but its weights."""
+        """Copies a model that isn't sharded yet, all but its weights; its buffers are on the device already."""
         self._model = _without_weights(model)
 
     @contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Lends the model with these weights and buffers, shared out or whole; every process has to take part."""
         try:
-            yield self.take({name: whole(tensor.detach()) for name, tensor in weights.items()})
+            yield self.take({name: _whole_copy(tensor.detach()) for name, tensor in weights.items()})
         finally:
             self._model = _without_weights(self._model)
 
     def take(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """The model with these whole weights and buffers, in evaluation mode."""
-        self._model.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+        """The model with these whole weights and buffers, which are its own from now on, in evaluation mode."""
+        self._model.load_state_dict(weights, assign=True)
         return self._model.eval()
+
+
+def _whole_copy(tensor: Tensor) -> Tensor:
+    """All of a tensor in memory of its own, and once only: gathering has made a copy already."""
+    return whole(tensor) if is_shared(tensor) else tensor.clone()
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
