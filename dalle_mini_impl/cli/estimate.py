@@ -28,16 +28,14 @@ def estimate(
     from dataclasses import asdict
 
     from dalle_mini_impl.config import Recipe
-    from dalle_mini_impl.estimate import ACHIEVED
     from dalle_mini_impl.estimate import estimate as estimate_recipe
 
-    if hardware not in ACHIEVED:
-        raise ValueError(f"nothing is known of hardware {hardware!r}; known: {', '.join(ACHIEVED)}")
-    result = estimate_recipe(Recipe.from_toml(config, set_ or []), devices)
+    result = estimate_recipe(Recipe.from_toml(config, set_ or []), hardware, devices)
     if as_json:
-        hours = {stage: part.hours(hardware, devices) for stage, part in result.stages.items()}
-        facts = {**asdict(result), "hours": hours, "hardware": hardware, "devices": devices}
-        typer.echo(json.dumps(facts, indent=2))
+        hours = {stage: part.hours for stage, part in result.stages.items()}
+        device_bytes = {stage: part.device_bytes for stage, part in result.stages.items()}
+        facts = {**asdict(result), "hours": hours, "device_bytes": device_bytes}
+        typer.echo(json.dumps({**facts, "hardware": hardware, "devices": devices}, indent=2))
         return
     _print(result, hardware, devices)
 
@@ -51,24 +49,43 @@ def _print(result: Estimate, hardware: str, devices: int) -> None:
     rows = {
         "parameters": [f"{part.parameters:,}" for part in parts],
         "operations a picture, forward": [_flops(part.forward_flops) for part in parts],
+        "without gradient": [_flops(part.no_grad_flops) for part in parts],
         "weights, gradients, averages": [
             _bytes(part.weight_bytes + part.gradient_bytes + part.average_bytes) for part in parts
         ],
         "optimiser": [_bytes(part.optimizer_bytes) for part in parts],
-        "activations of a micro-batch": [_bytes(part.activation_bytes) for part in parts],
-        "memory a device": [_bytes(part.device_bytes(devices)) for part in parts],
+        "models of stages before": [_bytes(part.earlier_bytes) for part in parts],
+        "activations of a micro-batch": [f"{_bytes(part.activation_bytes)}, {part.precision}" for part in parts],
+        "gathered, with gradients": [_bytes(part.gathered_bytes) for part in parts],
+        "whole, to evaluate": [_bytes(part.whole_bytes) for part in parts],
+        "memory a device": [_bytes(part.device_bytes) for part in parts],
         "steps × batch": [f"{part.steps:,} × {part.batch_size}" for part in parts],
         "operations of the stage": [_flops(part.train_flops) for part in parts],
-        "hours": [f"{part.hours(hardware, devices):,.2f}" for part in parts],
+        "hours": [f"{part.hours:,.2f}" for part in parts],
     }
+    if devices == 1:  # nothing is shared out
+        del rows["gathered, with gradients"], rows["whole, to evaluate"]
     for name, values in rows.items():
         table.add_row(name, *values)
     Console().print(table)
+    if devices > 1:
+        typer.echo(_how_shared(result))
+    for stage, what in result.not_counted.items():
+        typer.echo(f"Not counted of {stage}: {what}")
     typer.echo(
         f"Drawing: {result.text_length} + {result.image_tokens} tokens, {_flops(result.draw_flops)} operations and "
         f"{_bytes(result.cache_bytes)} of cache a picture, "
         + ("without guidance" if result.guidance == 1 else "with guidance")
     )
+
+
+def _how_shared(result: Estimate) -> str:
+    whole = [stage for stage, part in result.stages.items() if not part.is_shared_out]
+    text = (
+        "Weights, gradients, optimiser and averages are shared out (FSDP2). An evaluation and the checkpoint that is "
+        "kept put one whole fp32 copy of the weights on each device, beside its parts and instead of the activations."
+    )
+    return f"{text} Never shared out: {', '.join(whole)}." if whole else text
 
 
 def _flops(count: float) -> str:

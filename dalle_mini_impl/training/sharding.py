@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.config import Stage, StageConfig
 from dalle_mini_impl.training.dtensors import is_shared, whole
+from dalle_mini_impl.training.stages import WHOLE_STAGES
 
 UNITS = ("Block",)
 """Classes of modules whose weights are gathered together, just before they are needed."""
@@ -64,7 +65,7 @@ class Sharding:
 
     def check(self, stage: Stage, model: nn.Module, config: StageConfig) -> None:
         """Raises ValueError where a recipe asks for what doesn't go together with sharing out."""
-        if stage in ("prior", "distill", "vqgan"):
+        if stage in WHOLE_STAGES:
             raise ValueError(
                 f"stage {stage} doesn't work with FSDP, and its models are small: train it with --stage {stage} and a "
                 f"config without FSDP"

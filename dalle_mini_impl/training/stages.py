@@ -7,6 +7,9 @@ from dalle_mini_impl.config import Recipe, Stage, TrainConfig
 ORDER: tuple[Stage, ...] = TrainConfig().stages
 """What a recipe trains unless it says otherwise."""
 
+WHOLE_STAGES: tuple[Stage, ...] = ("prior", "distill", "vqgan")
+"""Those whose models are small and never shared out (FSDP): each process has the whole."""
+
 
 def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
     """All stages in an order that serves them: part of CLIP's pictures pass through the VAE, the prior and DALL·E see
