@@ -70,7 +70,7 @@ def test_every_weight_has_a_gradient_where_no_row_is_read() -> None:
 
 def test_the_teacher_is_where_training_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bundle, device = tiny_bundle(), torch.device("meta")
-    monkeypatch.setattr(TaskBuilder, "cache", lambda self: token_cache())
+    monkeypatch.setattr(TaskBuilder, "cache", lambda *_: token_cache())
     accelerator: Any = SimpleNamespace(device=device)
     builder = TaskBuilder(bundle.recipe, DATA, data(), tmp_path, accelerator, bundle, None)
     task = builder.build("distill")

@@ -172,6 +172,38 @@ def test_stacked_matrices_move_as_if_each_were_alone(weight_decay: float, number
         assert torch.allclose(parameter, torch.cat(parts), atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(12, 4), (4, 12)])
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
+def test_beta2_lets_all_neurons_move_equally_far(shape: tuple[int, int], beta2: float, number_type: str) -> None:
+    parameter, plain = _parameters(shape, shape)
+    longer = 0 if shape[0] > shape[1] else 1
+    loud = torch.logspace(0, 1, 12).unsqueeze(1 - longer)
+    muons = [Muon([parameter], lr=0.1, beta2=beta2), Muon([plain], lr=0.1)]
+    far = torch.zeros(12)
+    for step in range(60):
+        before, plain_before = parameter.detach().clone(), plain.detach().clone()
+        parameter.grad = plain.grad = _gradients([parameter], step)[0] * loud
+        for muon in muons:
+            muon.step()
+        move = parameter.detach() - before
+        assert move.norm().item() == pytest.approx((plain.detach() - plain_before).norm().item(), rel=1e-2)
+        far += move.square().sum(dim=1 - longer)
+    spread = (far.max() / far.min()).sqrt().item()
+    assert spread < 1.3 if beta2 else spread > 3
+
+
+def test_beta2_leaves_what_has_no_gradient_yet(number_type: str) -> None:
+    """A matrix behind one of zeros gets its first gradient a step later."""
+    [parameter] = _parameters((6, 4))
+    before, muon = parameter.detach().clone(), Muon([parameter], lr=0.1, beta2=0.95)
+    parameter.grad = torch.zeros(6, 4)
+    muon.step()
+    assert torch.equal(parameter, before)
+    parameter.grad = torch.randn(6, 4)
+    muon.step()
+    assert parameter.isfinite().all() and not torch.equal(parameter, before)
+
+
 def test_rows_that_are_no_such_stack_are_refused() -> None:
     with pytest.raises(ValueError, match="16 rows can't be 3 matrices one above the other"):
         Muon([{"params": _parameters((16, 8)), "stacked": 3}], lr=0.1)

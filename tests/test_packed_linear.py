@@ -40,6 +40,6 @@ def test_a_row_has_the_same_bits_with_any_number_of_others(dtype: torch.dtype) -
 
 
 def test_without_the_kernels_it_is_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_linear, "can_pack", lambda _: False)
+    monkeypatch.setattr(packed_linear, "can_pack", lambda *_: False)
     weight, x = torch.randn(8, 4), torch.randn(3, 4)
     assert torch.equal(PackedLinear(weight)(x), torch.nn.functional.linear(x, weight))

@@ -122,7 +122,7 @@ def check_muon() -> None:
     shared = nn.ParameterList(nn.Parameter(p.detach().clone()) for p in plain)
     fully_shard(shared)
     groups = [[{"params": p[:-1]}, {"params": p[-1:], "stacked": 3}] for p in map(list, (plain, shared))]
-    muons = [Muon(group, lr=0.1, weight_decay=0.1) for group in groups]
+    muons = [Muon(group, lr=0.1, beta2=0.9, weight_decay=0.1) for group in groups]
     for _ in range(3):
         gradients = [torch.randn(p.shape) for p in plain]
         for parameters in (plain, shared):

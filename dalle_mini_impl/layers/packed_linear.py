@@ -25,7 +25,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, *, is_packed: bool = True) -> None:
         self.weight = weight
         self._packed: Any = None
-        if is_packed and can_pack(weight.device):
+        if is_packed and can_pack(weight.device, weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
             self._product, self._sum = _kernels()
 
@@ -58,11 +58,18 @@ def _kernels() -> tuple[Any, Any]:
     return overloads.default._op, overloads.binary._op  # past Python's dispatch, which takes as long as a small product
 
 
-def can_pack(device: torch.device) -> bool:
-    """Whether this build of PyTorch has the kernels for packed weights on a device."""
-    return (
+def can_pack(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of PyTorch has the kernels for packed weights on a device, and the processor for such numbers.
+
+    oneDNN takes bf16 with AVX-512 and later extensions only; a plain product takes it everywhere.
+    """
+    has_kernels = (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+    if not has_kernels or dtype == torch.float32:
+        return has_kernels
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return dtype == torch.bfloat16 and is_supported is not None and bool(is_supported())

@@ -27,6 +27,7 @@ TOLERANCE = 0.3
 ROUNDING = 1.02
 """How far above its range bf16 may carry a singular value; beyond it polynomials grow without bound."""
 _EXCHANGES = 50
+_LEAST = 1e-8  # keeps what has no gradient yet from being 0 / 0
 
 
 def polar_polynomials(smallest: float) -> tuple[Polynomial, ...]:
@@ -110,6 +111,9 @@ class Muon(Optimizer):
     With that scale (arXiv 2502.16982) its learning rates and weight decays are comparable to AdamW's.
     smallest: singular values of a direction from this share of its Frobenius norm on end near 1, smaller ones below;
     the smaller, the more iterations.
+    beta2: above 0, the decay of a running mean of squares of each neuron's part of the direction, which brings all of
+    them to one size and leaves the direction's norm as it is (NorMuon, arXiv 2510.05491). A neuron is a row, or a
+    column where there are more of those.
     Groups of parameters may say how many matrices each parameter is, one above the other ("stacked", 1 by default):
     every one of them gets a direction of its own.
     Raises ValueError for a parameter with fewer than two dimensions, or whose rows are no multiple of "stacked".
@@ -121,10 +125,12 @@ class Muon(Optimizer):
         lr: float,
         *,
         momentum: float = 0.95,
+        beta2: float = 0.0,
         weight_decay: float = 0.0,
         smallest: float = 1.5e-3,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1})
+        defaults = {"lr": lr, "momentum": momentum, "beta2": beta2, "weight_decay": weight_decay, "stacked": 1}
+        super().__init__(params, defaults)
         self.polynomials = polar_polynomials(smallest)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -164,9 +170,22 @@ class Muon(Optimizer):
         stack = whole_stack([direction.flatten(1) for direction in directions], parameters[0])
         single = stack.view(len(stack) * group["stacked"], -1, stack.shape[2])
         update = orthogonalize(single, self.polynomials).reshape(stack.shape)
+        if group["beta2"]:
+            update = self._evened_out(update.float(), parameters, group["beta2"])
         scale = 0.2 * max(single.shape[1:]) ** 0.5
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         moves = [row.view(p.shape).to(p.dtype) for row, p in zip(update.contiguous(), parameters, strict=True)]
         own = [local(part_like(move, p)) for move, p in zip(moves, parameters, strict=True)]
         torch._foreach_add_(weights, own, alpha=-group["lr"] * scale)
+
+    def _evened_out(self, update: Tensor, parameters: Sequence[nn.Parameter], beta2: float) -> Tensor:
+        """Directions (n, R, C) whose neurons have moved about equally far of late; every process has all of each."""
+        across = 2 if update.shape[1] >= update.shape[2] else 1
+        latest = update.square().mean(dim=across, keepdim=True)  # (n, R, 1) or (n, 1, C)
+        pairs = zip(parameters, latest, strict=True)
+        squares = [self.state[p].setdefault("squares", torch.zeros_like(mean)) for p, mean in pairs]
+        torch._foreach_lerp_(squares, list(latest), 1 - beta2)
+        evened = update / (torch.stack(squares).sqrt() + _LEAST)
+        norms = update.norm(dim=(1, 2), keepdim=True) / (evened.norm(dim=(1, 2), keepdim=True) + _LEAST)
+        return evened * norms

@@ -61,7 +61,7 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     )
     optimizers: list[Optimizer] = [adamw]
     if matrices:
-        rates = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
+        rates = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay, "beta2": config.muon_beta2}
         optimizers.append(Muon(_by_stacked(model, matrices), smallest=config.muon_smallest, **rates))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
