@@ -384,6 +384,8 @@ class StageConfig(Section):
     muon_smallest: Annotated[float, Field(ge=1e-6, le=0.5)] = 1.5e-3
     """Muon brings singular values from this share of a gradient's norm on near to 1, smaller ones less. The smaller,
     the more products it takes: 5 iterations for 1.5e-3, 4 for 3e-3, 3 for 1e-2."""
+    muon_per_head: bool = False
+    """Muon takes queries, keys and values of each attention head as matrices of their own, instead of all as one."""
     muon_beta2: Share = 0.0
     """Decay of the mean squares by which Muon moves all neurons of a matrix equally far (NorMuon); 0 leaves that be."""
     beta1: Share = 0.9
@@ -434,6 +436,7 @@ class DALLEStageConfig(StageConfig):
     """Peak rate of AdamW, which trains embeddings, heads and norms beside Muon. 2e-3 where it trains matrices, too, and
     no other is given."""
     muon_smallest: Annotated[float, Field(ge=1e-6, le=0.5)] = 1e-2
+    muon_per_head: bool = True
     muon_beta2: Share = 0.95
     muon_timescale: Annotated[float, Field(ge=0)] = 0.4
 

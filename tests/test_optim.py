@@ -63,12 +63,14 @@ def test_muon_takes_queries_keys_and_values_head_by_head() -> None:
     bundle = tiny_bundle()
     for model in (bundle.dalle, bundle.clip):
         assert model is not None
-        _, muon = build_optimizers(model, StageConfig(optimizer="muon"))
+        _, muon = build_optimizers(model, StageConfig(optimizer="muon", muon_per_head=True))
         stacked = {parameter: group["stacked"] for group in muon.param_groups for parameter in group["params"]}
         assert set(stacked) == set(model.hidden_matrices())
         attentions = [module for module in model.modules() if isinstance(module, Attention)]
         expected = {attention.qkv.weight: 3 * attention.heads for attention in attentions}
         assert len(expected) > 1 and {p: count for p, count in stacked.items() if count != 1} == expected
+        _, muon = build_optimizers(model, StageConfig(optimizer="muon", muon_per_head=False))
+        assert [group["stacked"] for group in muon.param_groups] == [1]
 
 
 @pytest.mark.parametrize("total", [200, 20_000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,7 @@ def learning_rate_share(step: int, total: int | None, config: StageConfig) -> fl
 def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     """AdamW for all parameters, or Muon for `model.hidden_matrices()` and AdamW for the rest.
 
-    Muon takes the queries, keys and values of each attention head as matrices of their own. Weight decay acts on
-    matrices and convolutions only. Each group keeps its peak rate under "peak_lr".
+    Weight decay acts on matrices and convolutions only. Each group keeps its peak rate under "peak_lr".
     Raises ValueError where Muon is asked for and the model has no hidden matrices.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -62,16 +62,21 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     optimizers: list[Optimizer] = [adamw]
     if matrices:
         rates = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay, "beta2": config.muon_beta2}
-        optimizers.append(Muon(_by_stacked(model, matrices), smallest=config.muon_smallest, **rates))
+        stacked = _queries_keys_and_values(model) if config.muon_per_head else {}
+        optimizers.append(Muon(_by_stacked(matrices, stacked), smallest=config.muon_smallest, **rates))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def _by_stacked(model: nn.Module, matrices: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Muon's groups of parameters: those of an attention that are so many matrices together, and all others."""
-    stacked = {module.qkv.weight: 3 * module.heads for module in model.modules() if isinstance(module, Attention)}
+def _queries_keys_and_values(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The weights of each attention, and how many matrices they are: three a head."""
+    return {module.qkv.weight: 3 * module.heads for module in model.modules() if isinstance(module, Attention)}
+
+
+def _by_stacked(matrices: Sequence[nn.Parameter], stacked: Mapping[nn.Parameter, int]) -> list[dict[str, Any]]:
+    """Muon's groups of parameters, by how many matrices each of them is; 1 where nothing is said."""
     groups: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in matrices:
         groups[stacked.get(parameter, 1)].append(parameter)
