@@ -171,7 +171,7 @@ class Muon(Optimizer):
         single = stack.view(len(stack) * group["stacked"], -1, stack.shape[2])
         update = orthogonalize(single, self.polynomials).reshape(stack.shape)
         if group["beta2"]:
-            update = self._evened_out(update.float(), parameters, group["beta2"])
+            update = self._evened_out(update, parameters, group["beta2"])
         scale = 0.2 * max(single.shape[1:]) ** 0.5
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -182,10 +182,11 @@ class Muon(Optimizer):
     def _evened_out(self, update: Tensor, parameters: Sequence[nn.Parameter], beta2: float) -> Tensor:
         """Directions (n, R, C) whose neurons have moved about equally far of late; every process has all of each."""
         across = 2 if update.shape[1] >= update.shape[2] else 1
-        latest = update.square().mean(dim=across, keepdim=True)  # (n, R, 1) or (n, 1, C)
+        lengths = torch.linalg.vector_norm(update, dim=across, keepdim=True, dtype=torch.float32)
+        latest = lengths.square() / update.shape[across]  # (n, R, 1) or (n, 1, C)
         pairs = zip(parameters, latest, strict=True)
         squares = [self.state[p].setdefault("squares", torch.zeros_like(mean)) for p, mean in pairs]
         torch._foreach_lerp_(squares, list(latest), 1 - beta2)
-        evened = update / (torch.stack(squares).sqrt() + _LEAST)
-        norms = update.norm(dim=(1, 2), keepdim=True) / (evened.norm(dim=(1, 2), keepdim=True) + _LEAST)
-        return evened * norms
+        factors = 1 / (torch.stack(squares).sqrt() + _LEAST)
+        before, after = (values.sum(dim=(1, 2), keepdim=True) for values in (latest, latest * factors.square()))
+        return update * (factors * (before / (after + _LEAST)).sqrt())
