@@ -189,4 +189,5 @@ class Muon(Optimizer):
         torch._foreach_lerp_(squares, list(latest), 1 - beta2)
         factors = 1 / (torch.stack(squares).sqrt() + _LEAST)
         before, after = (values.sum(dim=(1, 2), keepdim=True) for values in (latest, latest * factors.square()))
-        return update * (factors * (before / (after + _LEAST)).sqrt())
+        evened: Tensor = update * (factors * (before / (after + _LEAST)).sqrt())
+        return evened

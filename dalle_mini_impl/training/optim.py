@@ -70,12 +70,12 @@ def build_optimizers(model: nn.Module, config: StageConfig) -> list[Optimizer]:
     return optimizers
 
 
-def _queries_keys_and_values(model: nn.Module) -> dict[nn.Parameter, int]:
+def _queries_keys_and_values(model: nn.Module) -> dict[Tensor, int]:
     """The weights of each attention, and how many matrices they are: three a head."""
     return {module.qkv.weight: 3 * module.heads for module in model.modules() if isinstance(module, Attention)}
 
 
-def _by_stacked(matrices: Sequence[nn.Parameter], stacked: Mapping[nn.Parameter, int]) -> list[dict[str, Any]]:
+def _by_stacked(matrices: Sequence[nn.Parameter], stacked: Mapping[Tensor, int]) -> list[dict[str, Any]]:
     """Muon's groups of parameters, by how many matrices each of them is; 1 where nothing is said."""
     groups: dict[int, list[nn.Parameter]] = defaultdict(list)
     for parameter in matrices:
