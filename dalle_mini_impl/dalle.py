@@ -35,6 +35,7 @@ class DALLELosses:
     pictures that are drawn, read of captions that are read from theirs. ahead is that of the cells further on that a
     model in training predicts (see `LookAhead`), for the image tokens' number; 0 where it predicts none. soft is that
     of the image tokens with targets spread over codes like them; 0 where nothing says which codes are alike.
+    num_right: image tokens that were the likeliest of all, counted in evaluation mode alone.
     """
 
     text_nll_sum: Tensor
@@ -45,6 +46,7 @@ class DALLELosses:
     num_read: Tensor
     ahead_nll_sum: Tensor
     soft_nll_sum: Tensor
+    num_right: Tensor
 
     def total(self, text_weight: float, num_text: Tensor | float, num_image: Tensor | float) -> Tensor:
         """text_weight × text mean + (1 - text_weight) × image mean, the means over the given global counts."""
@@ -261,6 +263,7 @@ class DALLE(nn.Module):
             (targets[num_drawn:] != PAD).sum(),
             nothing if look_ahead is None else look_ahead(drawing, self.image_head, ids[:num_drawn]),
             nothing if likeness is None else soft_nll_sum(image_logits, likeness[ids[:num_drawn]]),
+            nothing if self.training else (image_logits.argmax(dim=-1) == ids[:num_drawn]).sum(),
         ]
 
     def token_log_likelihoods(self, text_ids: Tensor, image_ids: Tensor, embedding: Tensor | None = None) -> Tensor:

@@ -334,6 +334,10 @@ def test_held_out_pictures_are_compared_with_as_many_that_were_trained_on(tmp_pa
             by_hand = -dalle.token_log_likelihoods(task.tokenizer.batch(captions, dalle.stream.text_length)[0], ids)
             assert metrics[name] == pytest.approx(by_hand.mean().item(), rel=1e-5)
             assert evaluation.image_nll(dalle, task.data, indices, *parts) == pytest.approx(metrics[name])
+        ids, texts = task.cache.ids(task.held_out), [(*task.data.captions[i], None)[0] for i in task.held_out]
+        logits = dalle(task.tokenizer.batch(texts, dalle.stream.text_length)[0], ids)[1]
+        assert metrics["image_accuracy"] == pytest.approx((logits.argmax(dim=-1) == ids).float().mean().item())
+        assert 0 < metrics["image_accuracy"] < 1
     assert len(task.trained_on) == len(task.held_out) and set(task.trained_on) <= set(task.data.train)
     assert metrics["image_nll_trained_on"] != metrics["image_nll"]
     task.data.validation = np.empty(0, dtype=np.int64)
@@ -360,7 +364,7 @@ def test_a_caption_gain_that_cant_be_measured_is_not_zero(tmp_path: Path) -> Non
     assert measure()["caption_gain"] != 0
     for index in task.held_out:
         task.data.captions[index] = ("a red circle",)
-    assert measure().keys() == {"image_nll", "image_bits", "text_nll"}
+    assert measure().keys() == {"image_nll", "image_bits", "image_accuracy", "text_nll"}
 
 
 def test_recall_counts_ties_against_the_model() -> None:

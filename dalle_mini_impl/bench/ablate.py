@@ -44,7 +44,7 @@ Settings = list[str]
 JUDGED: dict[Stage, tuple[str, ...]] = {
     "vae": ("psnr", "perplexity"),
     "clip": ("text_to_image_recall_at_1",),
-    "dalle": ("image_nll", "caption_gain", "text_nll", "read_nll"),
+    "dalle": ("image_nll", "image_accuracy", "caption_gain", "text_nll", "read_nll"),
     "prior": ("nll", "cosine_drawn"),
     "distill": ("guidance_kl", "guidance_kl_before"),
     "vqgan": ("psnr", "rfd", "rfd_before"),

@@ -176,8 +176,10 @@ def likelihood(
     context: EvaluationContext,
     embeddings: EmbeddingCache | None = None,
 ) -> dict[str, float]:
-    """Nats and bits a token of plain pictures and their captions, and the caption gain.
+    """Nats and bits a token of plain pictures and their captions, how many are guessed right, and the caption gain.
 
+    image_accuracy: share of image tokens that are the likeliest code of all. Of few pictures, seen many times, it goes
+    on rising when likelihood falls already, because what the model is wrong about it is too sure of.
     read_nll: nats a text token costs where the picture is known; what it is below text_nll, the picture tells.
     Caption gain: nats an image token costs more under another picture's caption; 0 means captions are ignored. Left out
     where no two captions differ. With embeddings all of these know the picture's own, and the embedding gain is what
@@ -187,16 +189,17 @@ def likelihood(
     others = _other_captions(data, indices)
 
     def measure(chunk: Indices) -> Tensor:
-        sums = torch.zeros(10, dtype=torch.float64, device=device)
+        sums = torch.zeros(11, dtype=torch.float64, device=device)
         text, ids, own_embeddings = streams(dalle, data, chunk, tokenizer, cache, context, embeddings)
         with context.autocast():
             true = dalle.loss(text, ids, embedding=own_embeddings)
             if own_embeddings is not None:
                 without = dalle.loss(text, ids)
-                sums[8:] += torch.stack([without.image_nll_sum - true.image_nll_sum, without.num_image])
+                sums[8:10] += torch.stack([without.image_nll_sum - true.image_nll_sum, without.num_image])
             if dalle.reading is not None:
                 read = dalle.loss(text, ids, reads=torch.ones(len(ids), dtype=torch.bool, device=device))
                 sums[6:8] += torch.stack([read.read_nll_sum, read.num_read])
+        sums[10] += true.num_right
         sums[:4] += torch.stack([true.image_nll_sum, true.num_image, true.text_nll_sum, true.num_text])
         swapped = [row for row, i in enumerate(chunk) if int(i) in others]
         if swapped:
@@ -208,12 +211,14 @@ def likelihood(
             sums[4:6] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
         return sums
 
-    totals = total(measure, indices, context, 10).tolist()
-    image, num_image, text_nll, num_text, gain, num_swapped, read_nll, num_read, embedding_gain, num_without = totals
+    totals = total(measure, indices, context, 11).tolist()
+    image, num_image, text_nll, num_text, gain, num_swapped = totals[:6]
+    read_nll, num_read, embedding_gain, num_without, num_right = totals[6:]
     image_nll = image / num_image
     metrics = {
         "image_nll": image_nll,
         "image_bits": image_nll / math.log(2),
+        "image_accuracy": num_right / num_image,
         "text_nll": text_nll / max(1, num_text),
     }
     if num_read:

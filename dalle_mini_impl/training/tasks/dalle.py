@@ -28,7 +28,7 @@ class DALLETask(BaseTask):
     """Captions and the ids of their pictures."""
 
     stage: Stage = "dalle"
-    score = "-image_nll"
+    score = "image_accuracy"
     unit = "tokens"
 
     def __init__(
