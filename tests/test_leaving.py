@@ -66,6 +66,17 @@ def test_where_closing_would_wait_a_failure_is_said_and_ends_the_process(
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("backend", "left"), [("nccl", Ended), ("gloo", typer.Exit)])
+def test_connections_that_the_command_itself_has_opened_are_left_as_well(
+    backend: str, left: type[BaseException], connect: Callable[[str], list[str]]
+) -> None:
+    done: list[str] = []
+    with pytest.raises(left), ending_at_once(), reporting_errors():
+        done = connect(backend)
+        raise ValueError("no such thing")
+    assert done == ([] if backend == "nccl" else ["closed"])
+
+
 def test_gloo_closes_at_once_and_the_failure_goes_its_way(connect: Callable[[str], list[str]]) -> None:
     done = connect("gloo")
     with pytest.raises(typer.Exit) as ended, ending_at_once(), reporting_errors():

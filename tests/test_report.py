@@ -486,3 +486,9 @@ def test_charts_show_every_line_and_level() -> None:
     assert len(heights) == 2 and abs(heights[0] - heights[1]) > 15, "names of near levels stand apart"
     assert len(thinned(lines[0]).xs) <= 600
     assert ticks(0.0, 6.24) == [0.0, 2.0, 4.0, 6.0, 8.0] and ticks(15.2, 32.1) == [15.0, 20.0, 25.0, 30.0, 35.0]
+
+
+def test_a_damaged_note_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"data": "shapes", "init_from": null}')
+    with pytest.raises(ValueError, match=rf"{tmp_path}/run.json is damaged \(it has no recipe\)"):
+        read_run(tmp_path)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
-from dalle_mini_impl.files import read_json
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training.checkpoint import StateFolder
-from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, differences, in_words
+from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, differences, in_words, read_note
 
 
 def shared_stages(settings: Sequence[str]) -> list[Stage]:
@@ -42,7 +41,7 @@ def check_base(base: Path, data: str, recipe: Recipe, stages: Sequence[Stage]) -
     missing = [stage for stage in stages if not StateFolder(base / "state" / stage).finished]
     if missing:
         raise ValueError(f"{base} has not finished {' and '.join(missing)}: an arm can't start from it")
-    note = read_json(path, "name another --base")
+    note = read_note(path, "name another --base")
     theirs = Recipe.parse(note["recipe"], where=str(path))
     changed = differences(
         {"--data": note["data"], **_taken_over(theirs, stages)}, {"--data": data, **_taken_over(recipe, stages)}

@@ -42,18 +42,18 @@ def leaving_together() -> Iterator[None]:
     A process that fails or is interrupted doesn't wait for the others; where closing would (see `ending_at_once`), it
     leaves its connections as they are. Raises LostProcessError where another one failed, which has said why.
     """
-    can_close = not _closing_waits()
+    is_done = False
     try:
         yield
         if _are_connected():
             process_state().wait_for_everyone()
-        can_close = True
+        is_done = True
     except RuntimeError as error:
         if _are_connected() and any(words in str(error) for words in _LOST):
             raise LostProcessError("another process has ended, so that this one can't go on") from None
         raise
     finally:
-        if _are_connected() and (can_close or not _closing_waits()):
+        if _are_connected() and (is_done or not _closing_waits()):
             process_state().destroy_process_group()
             time.sleep(_LET_GO_SEC)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.progress import read_metrics
+from dalle_mini_impl.training.recipes import read_note
 from dalle_mini_impl.training.stages import ORDER, asked_for, stage_order
 
 Progress = Literal["finished", "not finished", "not begun", "taken over from --init-from", "not part of this recipe"]
@@ -83,7 +84,7 @@ def read_run(folder: Path) -> RunRecord:
     note_path = folder / "run.json"
     if not note_path.is_file():
         raise ValueError(f"{folder} holds no run (no run.json): give the folder that train.py --out was given")
-    note = json.loads(note_path.read_text(encoding="utf-8"))
+    note = read_note(note_path, "a report needs the run that it belonged to")
     metrics = folder / "metrics.jsonl"
     lines = read_metrics(metrics) if metrics.is_file() else []
     report = folder / "data-report.json"

@@ -83,9 +83,9 @@ _NOTED = ("recipe", "data", "init_from")
 """What `check_unchanged` asks of a run's note."""
 
 
-def read_note(path: Path) -> dict[str, Any]:
-    """A run's run.json. Raises ValueError that names it where it is damaged."""
-    remedy = f"delete {path.parent}, or choose another --out"
+def read_note(path: Path, remedy: str | None = None) -> dict[str, Any]:
+    """A run's run.json. Raises ValueError that names it where it is damaged, and the remedy: by default a new run."""
+    remedy = remedy or f"delete {path.parent}, or choose another --out"
     note: dict[str, Any] = read_json(path, remedy)
     missing = [key for key in _NOTED if not isinstance(note, dict) or key not in note]
     if missing:
