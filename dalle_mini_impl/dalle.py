@@ -122,6 +122,23 @@ class DALLE(nn.Module):
         if self.config.look_ahead:
             self.look_ahead = LookAhead(self.config.dim, self.stream.grid_size, self.config.look_ahead)
 
+    def add_views(self, num_views: int) -> None:
+        """Makes room for so many views in all; what it makes of those that it knows stays as it is.
+
+        Raises ValueError for fewer than it knows.
+        """
+        if num_views < self.num_views:
+            raise ValueError(f"{num_views} views are fewer than the {self.num_views} that this DALLE knows")
+        if num_views == self.num_views:
+            return
+        known = self.view_embedding.weight.detach() if self.view_embedding is not None else None
+        self.view_embedding = nn.Embedding(num_views, self.config.dim, device=self.image_head.weight.device)
+        with torch.no_grad():
+            self.view_embedding.weight.zero_()
+            if known is not None:
+                self.view_embedding.weight[: len(known)] = known
+        self.num_views = num_views
+
     def compile_blocks(self) -> None:
         """Has the blocks run compiled in training steps from now on; evaluation and decoding never are.
 

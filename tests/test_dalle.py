@@ -268,6 +268,24 @@ def test_views_change_pictures_and_the_plain_one_is_the_default() -> None:
     assert not torch.allclose(dalle(text, images, torch.ones(5, dtype=torch.long))[1], plain)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("known", [1, 2])
+def test_views_can_be_added_and_nothing_else_changes(known: int) -> None:
+    dalle, text, images = _dalle(num_views=known), _captions(), _images()
+    view = torch.tensor([0, 0, known - 1, known - 1, 0])
+    before = dalle(text, images)[1], dalle(text, images, view)[1]
+    dalle.add_views(4)
+    assert dalle.num_views == 4
+    for was, now in zip(before, (dalle(text, images)[1], dalle(text, images, view)[1]), strict=True):
+        assert torch.equal(was, now)
+    again = _dalle(num_views=4)
+    again.load_state_dict(dalle.state_dict())
+    assert torch.equal(again(text, images, view + 2)[1], dalle(text, images, view + 2)[1])
+    dalle.add_views(4)
+    with pytest.raises(ValueError, match="3 views are fewer than the 4"):
+        dalle.add_views(3)
+
+
 def test_a_view_that_was_never_learned_is_refused() -> None:
     dalle, text, images = _dalle(), _captions(), _images()
     view = torch.tensor([0, 1, 0, 0, 0])

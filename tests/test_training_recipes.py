@@ -94,8 +94,18 @@ def test_each_key_comes_from_the_side_it_belongs_to(section: str) -> None:
     recipe = Recipe.parse(values)
     adopted = getattr(adopt_architecture(recipe, bundle), section)
     for key in fields(section):
-        side = bundle.recipe if key in ARCHITECTURE_KEYS[section] else recipe
+        is_theirs = key in ARCHITECTURE_KEYS[section] and key != "views"  # which can be gained, see below
+        side = bundle.recipe if is_theirs else recipe
         assert getattr(adopted, key) == getattr(getattr(side, section), key), key
+
+
+def test_views_can_be_gained_and_never_lost() -> None:
+    known, wanted = ("plain", "flip"), ("plain", "up", "flip", "down")
+    bundle = tiny_bundle(f"data.views={list(known)}")
+    recipe = Recipe.parse({"data": {"views": wanted}})
+    assert adopt_architecture(recipe, bundle).data.views == ("plain", "flip", "up", "down")
+    assert adopt_architecture(Recipe(), bundle).data.views == known
+    assert adopt_architecture(recipe, replace(bundle, dalle=None)).data.views == wanted
 
 
 def test_a_prefix_can_be_gained_and_never_lost() -> None:

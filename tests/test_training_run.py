@@ -271,6 +271,21 @@ def test_fine_tuning_keeps_the_tokenizer_and_starts_from_the_weights(finished: P
     assert load_bundle(out).recipe.dalle.dim == 32
 
 
+def test_fine_tuning_can_add_views_of_few_pictures(finished: Path, tmp_path: Path) -> None:
+    more = recipe('data.views=["plain", "down", "flip"]', "train.dalle.learning_rate=1e-12", OPTIMIZERS[0], steps=2)
+    slow = Recipe.parse(more.model_dump(mode="json"), ["train.dalle.optimizer=adamw"])
+    out, few = tmp_path / "tuned", "shapes:count=40,seed=5"
+    assert train(slow, few, out, stages=["clip"], init_from=str(finished))  # another stage leaves drawings alone
+    tuned, base = load_bundle(out), load_bundle(finished)
+    assert base.recipe.data.views == ("plain", "flip") and tuned.recipe.data.views == ("plain", "flip", "down")
+    assert tuned.dalle is not None and base.dalle is not None and tuned.dalle.num_views == 3
+    assert train(slow, few, out, stages=["dalle"])
+    known, learned = (bundle.dalle for bundle in (base, load_bundle(out)))
+    assert known is not None and learned is not None
+    for name, weight in known.state_dict().items():
+        assert torch.allclose(learned.state_dict()[name][: len(weight)], weight, atol=1e-6), name
+
+
 def test_dalle_without_a_vae_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train --stage vae first"):
         train(recipe(), DATA, tmp_path / "run", stages=["dalle"])

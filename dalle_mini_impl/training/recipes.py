@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] =
     Model sections whose model the checkpoint hasn't got stay the recipe's. So do an image_prefix and a reading_share
     that its DALL·E hasn't got, and a captioner that its CLIP hasn't got: fine-tuning can add them. A reading_share and
     caption_layers that the recipe itself states are its own in any case: 0 ends reading. A CLIP that isn't among the
-    stages, those of the run so far, stays what it is. What is taken over against the recipe's word is logged.
+    stages, those of the run so far, stays what it is. Views that its DALL·E doesn't know come after those that it
+    knows. What is taken over against the recipe's word is logged.
     """
     theirs = bundle.recipe
     sections: dict[str, Any] = {}
@@ -111,10 +113,21 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] =
             stays = section == "clip" and "clip" not in stages
             gains = [key for key in _ADDED.get(section, ()) if not stays and (taken[key] == 0 or key in stated)]
             sections[section] = ours.model_copy(update=taken | {key: getattr(ours, key) for key in gains})
+    known = theirs.data.views if bundle.dalle is not None else ()
+    views = (*known, *(view for view in recipe.data.views if view not in known))
+    sections["data"] = sections["data"].model_copy(update={"views": views})
     adopted = recipe.model_copy(update=sections)
     for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():
         logger.info("%s = %s is the checkpoint's (the recipe says %s)", key, adopted_value, own)
     return Recipe.parse(adopted.model_dump(mode="json"))
+
+
+def with_views(bundle: Bundle, recipe: Recipe) -> Bundle:
+    """A checkpoint with the views of a recipe that has adopted its architecture: its DALL·E has room for them all."""
+    if bundle.dalle is not None:
+        bundle.dalle.add_views(len(recipe.data.views))
+    data = bundle.recipe.data.model_copy(update={"views": recipe.data.views})
+    return replace(bundle, recipe=bundle.recipe.model_copy(update={"data": data}))
 
 
 def check_unchanged(

@@ -41,7 +41,7 @@ from dalle_mini_impl.training.gradients import within_memory
 from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.processes import check_settings, check_shared, keep_to_this_run, make_accelerator
 from dalle_mini_impl.training.progress import MetricsLog
-from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged, read_note
+from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged, read_note, with_views
 from dalle_mini_impl.training.stages import asked_for, outdated_by, stage_order
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task_builder import TaskBuilder, read_pictures
@@ -144,6 +144,7 @@ class Run:
             self._initial = load_bundle(initial if (initial / "config.json").is_file() else self._init_from)
             begun = [stage for stage, state in self.states.items() if state.started or state.finished]
             recipe = adopt_architecture(recipe, self._initial, [*stages, *begun])
+            self._initial = with_views(self._initial, recipe)
         self.recipe = recipe
 
     def unfinished(self, stages: Sequence[Stage], resume: bool) -> list[Stage]:
