@@ -251,6 +251,17 @@ def test_models_taken_over_are_not_awaited(tmp_path: Path, prefix: int) -> None:
     assert not any(promise in text for promise in ("under way", "comes with", "not begun", "not trained yet"))
 
 
+def test_a_recipe_that_draws_at_twice_the_size_is_compared_at_its_own(tmp_path: Path) -> None:
+    """Without its upscaler nothing could be drawn; with it, pictures were too large for CLIP. There was no page."""
+    out = tmp_path / "run"
+    quick = ("train.upscale.steps=2", "train.upscale.batch_size=8")
+    wanted = recipe("upscale.factor=2", "sampling.upscale=true", *quick)
+    for stages in (["vae", "clip", "dalle"], ["upscale"]):
+        assert train(wanted, "shapes:count=60", out, stages=stages)  # type: ignore[arg-type]
+        assert report(out, "--samples", "4", "--candidates", "2") == 0
+        assert "8 samples between" in read(out / "report.html").text
+
+
 def test_a_run_from_another_checkpoint_awaits_what_it_asks_for(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "run"
     save_bundle(tiny_bundle(), source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -171,7 +171,7 @@ def _draw_and_judge(findings: Findings, data: PreparedData, bundle: Bundle, opti
         nothing_drawn = f"Nothing was drawn: {reason}."
         findings.missing |= dict.fromkeys(_DRAWN, nothing_drawn)
         return
-    model = TextToImage(bundle)
+    model = TextToImage(_at_training_size(bundle))
     total = len(prompts) * options.candidates * model.dalle.stream.num_image_tokens
     texts = [prompt.text for prompt in prompts]
     found = draw_candidates(model, texts, options.candidates, options.seed, lambda done: options.progress(done, total))
@@ -184,6 +184,12 @@ def _draw_and_judge(findings: Findings, data: PreparedData, bundle: Bundle, opti
     findings.num_searched = len(data.train)
     _audit(findings, prompts, drawn, data, model.vae, rulers, options.seed, mirrored)
     _judge_best_of_n(findings, prompts, drawn, model, options)
+
+
+def _at_training_size(bundle: Bundle) -> Bundle:
+    """A checkpoint that draws as large as the pictures it has learnt from, which what it draws is compared with."""
+    sampling = bundle.recipe.sampling.model_copy(update={"upscale": False})
+    return replace(bundle, recipe=bundle.recipe.model_copy(update={"sampling": sampling}))
 
 
 def _pixels(pictures: Sequence[RankedPicture]) -> Tensor:
