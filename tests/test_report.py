@@ -204,6 +204,16 @@ def test_an_unfinished_run_has_a_page_with_what_there_is(finished: Path, tmp_pat
     assert "the pictures are not read yet" in read(tmp_path / "pages" / "report.html").text
 
 
+def test_pictures_that_are_gone_are_not_a_vae_that_is_untrained(finished: Path, tmp_path: Path) -> None:
+    """Without data/ every section said of a finished run: "The VAE is not trained yet"."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(out / "data")
+    assert report(out, "--samples", "2", "--candidates", "1") == 0
+    text = read(out / "report.html").text
+    assert text.count(f"Not here: The run's pictures are gone: {out / 'data'} has none.") == 4
+    assert "not trained yet" not in text
+
+
 def test_a_recipe_without_clip_finishes(tmp_path: Path) -> None:
     """It was under way for ever: CLIP not begun."""
     out = tmp_path / "run"

@@ -115,7 +115,8 @@ def measure(record: RunRecord, options: Options) -> Findings:
     if data is not None:
         findings.flat_psnr = flat_psnr(data, record.recipe.vae.downsample)
     if data is None or bundle is None or bundle.vae is None:
-        findings.missing |= dict.fromkeys(("codebook", *_DRAWN), _why_absent("The VAE", record.stages["vae"]))
+        reason = _why_no_pictures(record) if data is None else _why_absent("The VAE", record.stages["vae"])
+        findings.missing |= dict.fromkeys(("codebook", *_DRAWN), reason)
         return findings
     _count_codes(findings, record, data, bundle)
     if bundle.dalle is None:
@@ -124,6 +125,13 @@ def measure(record: RunRecord, options: Options) -> Findings:
     else:
         _draw_and_judge(findings, data, bundle, options)
     return findings
+
+
+def _why_no_pictures(record: RunRecord) -> str:
+    """Why the run has no prepared pictures."""
+    if record.data_report is None:
+        return "The pictures are not read yet."
+    return f"The run's pictures are gone: {record.folder / 'data'} has none. Its own train command reads them again."
 
 
 def _why_absent(name: str, stage: StageRecord) -> str:
