@@ -67,12 +67,15 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.tags: list[str] = []
         self.words: list[str] = []
+        self.rows: list[list[str]] = []
         self.feed(text)
         self.close()
         assert self.open == [], "not all is closed"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
         if tag not in VOID:
             self.open.append(tag)
         values = dict(attrs)
@@ -85,6 +88,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+        if self.open[-1:] in (["td"], ["th"]):
+            self.rows[-1].append(plain(data))
 
     @property
     def text(self) -> str:
@@ -176,6 +181,17 @@ def test_stages_that_not_every_run_has_have_their_curves(tmp_path: Path) -> None
     assert report(out, "--samples", "4", "--candidates", "1") == 0
     text = read(out / "report.html").text
     assert "Prior of unCLIP" in text and "Adversarial training" in text and "Fréchet distance" in text
+
+
+def test_every_stage_has_its_speed(tmp_path: Path) -> None:
+    """Distillation counts tokens, too, and its speed was looked up in pictures: there was none."""
+    out = tmp_path / "run"
+    wanted = recipe('train.stages=["vae","dalle","distill"]', "train.distill.steps=2", "train.distill.batch_size=8")
+    assert train(wanted, "shapes:count=60", out)
+    assert report(out, "--samples", "0") == 0
+    speeds = {row[0]: row[6] for row in read(out / "report.html").rows if len(row) == 8}
+    for name, unit in (("Discrete VAE", "pictures"), ("DALL·E", "tokens"), ("Distillation of guidance", "tokens")):
+        assert re.fullmatch(rf"[\d,]+ {unit}", speeds[name])
 
 
 def test_an_unfinished_run_has_a_page_with_what_there_is(finished: Path, tmp_path: Path) -> None:

@@ -185,11 +185,11 @@ def speed_curve(stages: list[StageRecord]) -> Element:
     """Speed over the run, each stage relative to its own median."""
     lines = []
     for colour, stage in enumerate(stages):
-        values = stage.curve("tokens_per_sec") if stage.curve("tokens_per_sec")[0] else stage.curve("pictures_per_sec")
-        if len(values[1]) > 1:
-            middle = sorted(values[1])[len(values[1]) // 2]
-            shares = [value / middle if middle else 0.0 for value in values[1]]
-            lines.append(Line(label=NAMES[stage.stage], xs=values[0], ys=shares, colour=colour, pale=True))
+        _, (steps, speeds) = stage.speeds
+        if len(speeds) > 1:
+            middle = sorted(speeds)[len(speeds) // 2]
+            shares = [speed / middle if middle else 0.0 for speed in speeds]
+            lines.append(Line(label=NAMES[stage.stage], xs=steps, ys=shares, colour=colour, pale=True))
     return line_chart(lines, levels=[Level("median", 1.0)], x_label=STEPS, y_label="of the stage's median speed")
 
 

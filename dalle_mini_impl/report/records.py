@@ -54,6 +54,12 @@ class StageRecord:
         lines = [line for line in getattr(self, part) if isinstance(line.get(name), int | float)]
         return [line["step"] for line in lines], [float(line[name]) for line in lines]
 
+    @property
+    def speeds(self) -> tuple[str, tuple[list[int], list[float]]]:
+        """What the stage counts, "tokens" or "pictures", and the curve of how many a second it learnt from."""
+        of_tokens = self.curve("tokens_per_sec")
+        return ("tokens", of_tokens) if of_tokens[0] else ("pictures", self.curve("pictures_per_sec"))
+
     def last(self, name: str) -> float | None:
         """A metric of the kept weights, else of the last evaluation; None where it was never measured."""
         if name in self.summary:

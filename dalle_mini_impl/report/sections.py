@@ -297,8 +297,8 @@ def time(record: RunRecord, findings: Findings) -> Element:
     rows = []
     for name, stage in record.stages.items():
         config = getattr(record.recipe.train, name)
-        unit = "tokens" if name == "dalle" else "pictures"
-        speeds = sorted(stage.curve(f"{unit}_per_sec")[1])
+        unit, (_, speeds) = stage.speeds
+        speeds = sorted(speeds)
         pictures = stage.steps * config.batch_size
         parameters = findings.num_parameters.get(name)
         rows.append(
