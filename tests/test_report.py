@@ -171,6 +171,16 @@ def test_the_figures_are_the_files_own(finished: Path) -> None:
     assert flat_psnr(data, 4) == pytest.approx((-10 * errors.log10()).mean().item(), rel=1e-4)
 
 
+def test_captions_beside_training_pictures_are_theirs(finished: Path) -> None:
+    """Those of all pictures, held out or not, stood there."""
+    data = PreparedData.open(finished / "data")
+    num_captions = sum(len(data.captions[index]) for index in data.train)
+    assert num_captions < sum(len(captions) for captions in data.captions)
+    assert report(finished, "--samples", "0") == 0
+    facts = read(finished / "report.html").text
+    assert f"training pictures {len(data.train):,} {num_captions:,} captions" in facts
+
+
 def test_stages_that_not_every_run_has_have_their_curves(tmp_path: Path) -> None:
     out = tmp_path / "run"
     quick = [f"train.{stage}.{value}" for stage in ("prior", "vqgan") for value in ("steps=4", "batch_size=8")]

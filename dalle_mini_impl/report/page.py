@@ -139,7 +139,7 @@ def _facts(record: RunRecord, findings: Findings) -> Element:
         (
             "training pictures",
             number(report["train"]) if "train" in report else None,
-            f"{report.get('captions', 0):,} captions",
+            _captions(report.get("text", {}).get("num_captions")),
         ),
         (
             "parameters",
@@ -169,6 +169,11 @@ def _facts(record: RunRecord, findings: Findings) -> Element:
         if value is not None
     ]
     return tag("dl", cells, class_="facts")
+
+
+def _captions(count: int | None) -> str:
+    """How many captions the training pictures have."""
+    return "" if count is None else f"{count:,} captions"
 
 
 def _unit(value: float | None, form: str, unit: str) -> str | None:
