@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.cli.app import main
@@ -38,6 +39,7 @@ from dalle_mini_impl.report.memorisation import (
 from dalle_mini_impl.report.records import read_run
 from dalle_mini_impl.report.sections import against_chance
 from dalle_mini_impl.report.svg import Level, Line, line_chart, share_chart, thinned, ticks
+from dalle_mini_impl.sheet import contact_sheet
 from dalle_mini_impl.training.run import train
 from tests.test_training_tracking import recipe
 from tests.tiny import tiny_bundle
@@ -306,6 +308,31 @@ def test_a_run_from_another_checkpoint_awaits_what_it_asks_for(tmp_path: Path) -
     states = {"vae": "finished", "clip": "taken over from --init-from", "dalle": "not begun"}
     assert {stage: record.stages[stage].progress for stage in record.stages} == states, "its DALL·E knows other ids"
     assert not record.is_finished
+
+
+def test_training_pictures_are_not_shown_as_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is held out, evaluations use training pictures, and page and sheets called them held-out."""
+    labels: set[str] = set()
+
+    def noting(rows: Any) -> Any:
+        labels.update(label for _, pictures in rows for _, label in pictures)
+        return contact_sheet(rows)
+
+    monkeypatch.setattr("dalle_mini_impl.training.evaluation.contact_sheet", noting)
+    warning = "No picture was held out: what is called held-out or validation here are training pictures"
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for index in range(20):
+        Image.new("RGB", (16, 16), (12 * index, 100, 200)).save(pictures / f"{index}.png")
+        (pictures / f"{index}.txt").write_text(f"shade {index}")
+    for fraction, times in ((0, 4), (0.5, 0)):
+        out = tmp_path / str(fraction)
+        wanted = recipe('train.stages=["vae","dalle"]', f"data.validation_fraction={fraction}")
+        assert train(wanted, str(pictures), out)
+        assert report(out, "--samples", "0") == 0
+        assert read(out / "report.html").text.count(warning) == times
+        assert labels == {"", "trained on" if times else "held out"}
+        labels.clear()
 
 
 def test_without_a_checker_the_own_clip_judges_the_other_rankers(finished: Path, tmp_path: Path) -> None:

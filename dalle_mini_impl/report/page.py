@@ -7,7 +7,7 @@ from dalle_mini_impl.report.curves import NAMES
 from dalle_mini_impl.report.elements import Element, Node, tag, to_html
 from dalle_mini_impl.report.measure import Findings
 from dalle_mini_impl.report.records import RunRecord
-from dalle_mini_impl.report.sections import SECTIONS, against_chance
+from dalle_mini_impl.report.sections import SECTIONS, against_chance, without_held_out
 from dalle_mini_impl.report.svg import number, percent_of
 from dalle_mini_impl.training.budget import format_duration
 
@@ -105,7 +105,12 @@ def render(record: RunRecord, findings: Findings) -> str:
     )
     body = tag(
         "body",
-        tag("header", tag("h1", name), tag("p", _state(record), class_="lead"), _facts(record, findings)),
+        tag(
+            "header",
+            tag("h1", name),
+            tag("p", _state(record) + without_held_out(record), class_="lead"),
+            _facts(record, findings),
+        ),
         tag("nav", tag("ul", links), aria_label="Sections"),
         tag("main", list(built.values())),
         tag("footer", f"Written by dalle-mini report, dalle_mini_impl {__version__}."),

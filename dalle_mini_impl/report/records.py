@@ -84,6 +84,11 @@ class RunRecord:
         found = {stage.progress for stage in self.stages.values()}
         return "finished" in found and not found & {"not finished", "not begun"}
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether pictures are held out, as far as is known; where none is, evaluations use training pictures."""
+        return self.data_report is None or self.data_report["validation"] > 0
+
 
 def read_run(folder: Path) -> RunRecord:
     """Reads a run's folder. Raises ValueError where it is none, or of a version whose recipe this one can't read."""

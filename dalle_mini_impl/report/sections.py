@@ -39,12 +39,21 @@ _WITHOUT_TRAINING: Mapping[Progress, str] = {
     "taken over from --init-from": "the model is taken over from --init-from, and this stage has not run.",
     "not part of this recipe": "this stage is not part of this recipe.",
 }
+_NOTHING_HELD_OUT = (
+    " No picture was held out: what is called held-out or validation here are training pictures, so that learning by "
+    "heart doesn't show."
+)
 _RULERS = {"pixels": "by colours of small pictures", "clip": "by the run's CLIP"}
 
 
 def section(key: str, title: str, sentence: str, *children: Node) -> Element:
     """A section of the page. key: what links to it say."""
     return tag("section", tag("h2", title), tag("p", sentence, class_="lead"), *children, id=key)
+
+
+def without_held_out(record: RunRecord) -> str:
+    """What has to be said beside held-out pictures where there are none; else nothing."""
+    return "" if record.holds_out else _NOTHING_HELD_OUT
 
 
 def nothing(reason: str) -> Element:
@@ -66,7 +75,7 @@ def curves(record: RunRecord, findings: Findings) -> Element:
         "Thin lines are measured on the batches that are learnt from, bold ones on held-out pictures with averaged "
         "weights; dashed lines say what chance or a simple rule would reach."
     )
-    return section("curves", "Curves", sentence, parts)
+    return section("curves", "Curves", sentence + without_held_out(record), parts)
 
 
 def _sheets(stage: StageRecord, alt: str) -> Node:
@@ -89,9 +98,8 @@ def reconstructions(record: RunRecord, findings: Findings) -> Element:
         "Held-out pictures and, below each row of them, what the VAE makes of them through its tokens: what is gone "
         "here is gone for good."
     )
-    return section(
-        "reconstructions", "Reconstructions over time", sentence, _sheets(record.stages["vae"], "Reconstructions")
-    )
+    sheets = _sheets(record.stages["vae"], "Reconstructions")
+    return section("reconstructions", "Reconstructions over time", sentence + without_held_out(record), sheets)
 
 
 def samples(record: RunRecord, findings: Findings) -> Element:
@@ -100,7 +108,8 @@ def samples(record: RunRecord, findings: Findings) -> Element:
         "The same held-out captions with the same random numbers at each evaluation: first the caption's own picture "
         "through the VAE, then single samples, not ranked."
     )
-    return section("samples", "Samples over time", sentence, _sheets(record.stages["dalle"], "Samples"))
+    sheets = _sheets(record.stages["dalle"], "Samples")
+    return section("samples", "Samples over time", sentence + without_held_out(record), sheets)
 
 
 def codebook(record: RunRecord, findings: Findings) -> Element:

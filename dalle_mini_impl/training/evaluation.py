@@ -301,14 +301,14 @@ def draw_samples(
 def _write_sheet(
     vae: DiscreteVAE, data: PreparedData, drawn: Sequence[tuple[int, Any]], context: EvaluationContext, name: str
 ) -> None:
-    """One row a caption: its held-out picture as the VAE gives it back, then the samples."""
+    """One row a caption: its own picture as the VAE gives it back, called what it is, then the samples."""
     device = context.accelerator.device
     rows = []
     for index, ids in drawn:
         with context.autocast():
             original = vae.decode(vae.encode(data.images([index]).to(device)))
             pictures = vae.decode(torch.from_numpy(ids).to(device))
-        labels = ["held out", *("" for _ in pictures)]
+        labels = ["held out" if len(data.validation) else "trained on", *("" for _ in pictures)]
         rows.append((data.captions[index][0], list(zip(to_pil(torch.cat([original, pictures])), labels, strict=True))))
     context.folder.mkdir(parents=True, exist_ok=True)
     save_sheet(contact_sheet(rows), context.folder / f"{name}-{context.step:06d}.png")
