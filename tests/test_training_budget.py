@@ -124,6 +124,30 @@ def test_a_slow_machine_does_not_make_a_stage_late() -> None:
     assert 90 < stage.elapsed_sec < 104
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_one_slow_step_does_not_shorten_a_stage(is_resumed: bool) -> None:
+    """A rate that falls from the start, and a stage gone on with, had their plan put right by a single step."""
+    clock = FakeClock()
+    config = StageConfig(evaluations=1, decay_share=0.5 if is_resumed else 1.0)
+    stage = StageClock(config, 100.0, clock)
+    step = WARMUP_STEPS + TIMED_STEPS
+    run_steps(stage, clock, step, 0.1)
+    stage.fix(step, evaluation_sec=0.0)
+    if is_resumed:
+        run_steps(stage, clock, 470, 0.1)
+        plan, step = stage.plan, 495
+        stage = StageClock(config, 100.0, clock)
+        stage.go_on(49.5, plan)
+        run_steps(stage, clock, WARMUP_STEPS, 0.1)
+        step += WARMUP_STEPS
+    while stage.plan.num_reviews == 0:
+        run_steps(stage, clock, 1, 0.5 if stage._timed_steps == 0 else 0.1)
+        step += 1
+        if stage.wants_review(step):
+            stage.review(step)
+    assert stage.plan.total_steps is not None and stage.plan.total_steps > 800, "of 1,000"
+
+
 def test_evaluations_are_spread_evenly_and_the_last_is_at_the_end() -> None:
     plan = StageClock(StageConfig(steps=10, evaluations=3), None).plan
     assert [step for step in range(11) if plan.evaluates_after(step)] == [4, 7, 10]

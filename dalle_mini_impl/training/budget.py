@@ -21,6 +21,7 @@ from dalle_mini_impl.config import StageConfig
 WARMUP_STEPS = 5
 """First steps that are not timed: memory is allocated and kernels are chosen in them."""
 TIMED_STEPS = 20
+"""Steps that a stage measures its speed by, before it fixes the number of steps and before it puts that right."""
 EVALUATION_SHARE = 0.15
 """A stage spends at most this share of its time on evaluations; it makes fewer where they are dear."""
 REVIEWS = (0.0, 0.5, 0.75, 0.9)
@@ -183,12 +184,12 @@ class StageClock:
         return self.plan.total_steps is None and self._timed_steps >= TIMED_STEPS
 
     def wants_review(self, step: int) -> bool:
-        """Whether it is time to look at the number of steps again."""
+        """Whether it is time to look at the number of steps again, and as many are timed as it was first fixed by."""
         plan = self.plan
         if plan.allotted_sec is None or plan.total_steps is None or plan.num_reviews >= len(REVIEWS):
             return False
         fallen = REVIEWS[plan.num_reviews] * self.config.decay_share
-        return step >= (1 - self.config.decay_share + fallen) * plan.total_steps and self._timed_steps > 0
+        return step >= (1 - self.config.decay_share + fallen) * plan.total_steps and self._timed_steps >= TIMED_STEPS
 
     def fix(self, step: int, evaluation_sec: float) -> None:
         """Fixes the plan once `step` steps are done and an evaluation is known to take evaluation_sec."""
