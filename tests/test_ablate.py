@@ -77,6 +77,15 @@ def test_a_plan_is_a_list_of_settings_an_arm(tmp_path: Path) -> None:
         read_plan(path)
 
 
+@pytest.mark.parametrize("names", [["rate × 2", "rate / 2"], [""], ["."], [".."]])
+def test_arms_have_folders_of_their_own(tmp_path: Path, names: list[str]) -> None:
+    """The second of two arms deleted the first one's run, or both trained in it; one without a name, all of them."""
+    path = tmp_path / "plan.toml"
+    path.write_text("[arms]\n" + "".join(f"{json.dumps(name)} = []\n" for name in names), encoding="utf-8")
+    with pytest.raises(ValueError, match="would train in the same folder, rate_2" if names[1:] else "has no folder"):
+        read_plan(path)
+
+
 def test_an_arm_may_have_a_recipe_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text("[arms]\nours = []\n")

@@ -27,7 +27,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,14 +54,30 @@ JUDGED: dict[Stage, tuple[str, ...]] = {
 
 
 def read_plan(path: Path) -> dict[str, Settings]:
-    """The arms of a plan; ValueError where it has none or an arm is no list of texts."""
+    """The arms of a plan; ValueError where it has none, an arm is no list of texts, or has no folder for itself."""
     arms = tomllib.loads(path.read_text(encoding="utf-8")).get("arms", {})
     if not arms:
         raise ValueError(f'{path} has no arms: write [arms] and a line like "batch 32" = ["train.dalle.batch_size=32"]')
     for name, settings in arms.items():
         if not isinstance(settings, list) or not all(isinstance(item, str) for item in settings):
             raise ValueError(f'{path}: arm {name!r} is {settings!r}; it must be a list like ["dalle.layers=4"]')
+    _check_folders(path, arms)
     return dict(arms)
+
+
+def _check_folders(path: Path, arms: Iterable[str]) -> None:
+    """Raises ValueError where an arm of a plan has no run folder, or that of another one."""
+    owners: dict[Path, str] = {}
+    for name in arms:
+        folder = arm_folder(Path(), name)
+        if name in ("", ".", ".."):
+            raise ValueError(f"{path}: arm {name!r} has no folder of its own: give it another name")
+        if folder in owners:
+            raise ValueError(
+                f"{path}: arms {owners[folder]!r} and {name!r} would train in the same folder, {folder}: name one "
+                f"of them so that letters, digits or one of . = - differ"
+            )
+        owners[folder] = name
 
 
 def read_recipes(path: Path) -> dict[str, Path]:
