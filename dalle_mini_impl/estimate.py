@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import ceil
 from typing import Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage, StageConfig
 from dalle_mini_impl.flops import count_flops
 from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.training.batches import share_of_batch
 from dalle_mini_impl.training.passes import Forward, Passes, StagePasses, untrainable
 from dalle_mini_impl.training.stages import WHOLE_STAGES, asked_for, stage_order
 from dalle_mini_impl.vae.backbone import ResidualBlock
@@ -143,7 +143,7 @@ def estimate(recipe: Recipe, hardware: str = "cpu2", devices: int = 1) -> Estima
     """The cost of a recipe at its longest captions and largest vocabulary, which data can only make less.
 
     Of the stages that every recipe has and those that this one's train.stages asks for. Raises ValueError for hardware
-    that isn't in HARDWARE.
+    that isn't in HARDWARE, and for devices that can't share a stage's batch evenly, as training does.
     """
     if hardware not in HARDWARE:
         raise ValueError(f"nothing is known of hardware {hardware!r}; known: {', '.join(HARDWARE)}")
@@ -153,7 +153,7 @@ def estimate(recipe: Recipe, hardware: str = "cpu2", devices: int = 1) -> Estima
     earlier_bytes = 0
     for stage in (stage for stage in stage_order(recipe) if stage in wanted):
         config: StageConfig = getattr(recipe.train, stage)
-        rows = ceil(config.batch_size / devices)
+        rows = share_of_batch(config.batch_size, devices, f"train.{stage}.batch_size")
         micro_batch = min(config.micro_batch_size or rows, rows)
         own = passes.build(stage, is_cut_up=micro_batch < rows, is_alone=devices == 1)
         stages[stage] = _stage(stage, config, own, micro_batch, device, devices, earlier_bytes)

@@ -288,6 +288,14 @@ def test_every_recipe_can_be_estimated(config: Path, capsys: pytest.CaptureFixtu
     assert "memory a device" in printed
 
 
+def test_devices_that_no_training_could_use_are_refused() -> None:
+    """32 pictures on 64 devices were estimated at half of the hours that 32 devices take."""
+    for devices, nearest in ((64, 64), (3, 33)):
+        message = rf"train\.vae\.batch_size 32 can't be shared evenly by {devices} processes; use {nearest}"
+        with pytest.raises(ValueError, match=message):
+            estimate(tiny_recipe(), devices=devices)
+
+
 def test_unknown_hardware_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["estimate", "--config", str(ROOT / "configs" / "shapes.toml"), "--hardware", "abacus"])

@@ -32,6 +32,14 @@ def sample_rng(seed: int, stage: str, position: int) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(stage.encode(), "big"), position])
 
 
+def share_of_batch(batch_size: int, world_size: int, name: str = "batch_size") -> int:
+    """Samples of a global batch that each process takes; ValueError where it can't be shared out evenly."""
+    if batch_size % world_size:
+        nearest = max(1, round(batch_size / world_size)) * world_size
+        raise ValueError(f"{name} {batch_size} can't be shared evenly by {world_size} processes; use {nearest}")
+    return batch_size // world_size
+
+
 @dataclass(frozen=True)
 class BatchOrder:
     """An endless sequence of items, a new permutation every epoch, cut into batches of one size.
@@ -53,12 +61,7 @@ class BatchOrder:
 
         Raises ValueError where the batch can't be shared out evenly.
         """
-        if self.batch_size % world_size:
-            nearest = max(1, round(self.batch_size / world_size)) * world_size
-            raise ValueError(
-                f"batch_size {self.batch_size} can't be shared evenly by {world_size} processes; use {nearest}"
-            )
-        share = self.batch_size // world_size
+        share = share_of_batch(self.batch_size, world_size)
         start = step * self.batch_size + rank * share
         return np.arange(start, start + share, dtype=np.int64)
 
