@@ -123,6 +123,14 @@ def test_pictures_are_not_blown_up(side: float, cpu: int, gpu: int) -> None:
     assert chosen(photos(5_000, side), ONE_GPU).data.image_size == gpu
 
 
+def test_a_side_that_is_asked_for_decides_tokens_and_views() -> None:
+    """--set data.image_size=32 left tokens of 8 pixels, 16 a picture; with 128 four times the time went into views."""
+    small, large = (Recipe.parse(choose(photos(5_000), TWO_CORES, 1500.0, side).values) for side in (32, 128))
+    assert (small.data.image_size, small.vae.downsample, small.grid_size) == (32, 4, 8)
+    assert (large.data.image_size, large.vae.downsample) == (128, 8)
+    assert len(small.data.views) > len(large.data.views)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "pictures"
@@ -181,6 +189,9 @@ def test_without_a_recipe_one_is_chosen_told_and_kept(
     assert kept == load_bundle(out).recipe
     assert (kept.data.image_size, kept.vae.downsample, kept.vae.codebook_size) == (32, 4, 32)
     assert "# pictures of 32 × 32" in (out / "recipe.toml").read_text(encoding="utf-8")
+    asked = ["--set", "data.image_size=48", "--set", "train.vae.batch_size=4"]
+    assert run("--data", str(folder), "--out", str(tmp_path / "asked"), "--stage", "vae", *steps, *asked) == 0
+    assert "pictures of 48 × 48 pixels, 144 tokens each: as data.image_size asks" in capfd.readouterr().err
     # From now on the run keeps to its own recipe.
     more = ["--set", "train.clip.steps=2", "--set", "train.clip.evaluations=1", "--set", "train.clip.batch_size=4"]
     assert run(*base, "--stage", "clip", "--preset", "auto", *more) == 0

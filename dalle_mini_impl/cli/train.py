@@ -156,8 +156,9 @@ def _choose(
 
     parts: list[Any] = [None, None]
     if accelerator.is_main_process:
-        base = Recipe.parse({}, [override for override in overrides if override.startswith("data.")])
-        choice = choose(survey(data, base.data), hardware_of(accelerator), budget_sec)
+        asked = Recipe.parse({}, [override for override in overrides if override.startswith("data.")]).data
+        side_px = asked.image_size if "image_size" in asked.model_fields_set else None
+        choice = choose(survey(data, asked), hardware_of(accelerator), budget_sec, side_px)
         parts = [choice.values, [*choice.reasons, *(f"--set {override}" for override in overrides)]]
         for reason in parts[1]:
             logging.getLogger("dalle_mini_impl.training").info("%s", reason)

@@ -79,14 +79,17 @@ def hardware_of(accelerator: Accelerator) -> Hardware:
     return Hardware("cpu", processes, torch.get_num_threads() * processes, has_bf16)
 
 
-def choose(data: Survey, hardware: Hardware, budget_sec: float | None = None) -> Choice:
-    """A recipe for some data on some hardware in a wall-clock time (None: unlimited); a pure function."""
+def choose(data: Survey, hardware: Hardware, budget_sec: float | None = None, image_size: int | None = None) -> Choice:
+    """A recipe for some data on some hardware in a wall-clock time (None: unlimited); a pure function.
+
+    image_size: the side in pixels that was asked for, None: chosen, too.
+    """
     size = min((SMALL, MEDIUM, LARGE), key=lambda size: max(data.num_pictures / size, size / max(1, data.num_pictures)))
     more = "" if data.is_counted else "at least "
     choice = Choice()
     name = f"auto-{size}-{str(hardware).replace(' ', '-')}".lower()
     choice.set(f"preset for {size:,} pictures on {hardware}: --data has {more}{data.num_pictures:,}", name=name)
-    _picture(choice, data, hardware)
+    _picture(choice, data, hardware, image_size)
     _codes(choice, size, hardware)
     _regularization(choice, size, hardware)
     _views(choice, data, size, hardware, budget_sec)
@@ -96,10 +99,12 @@ def choose(data: Survey, hardware: Hardware, budget_sec: float | None = None) ->
     return choice
 
 
-def _picture(choice: Choice, data: Survey, hardware: Hardware) -> None:
+def _picture(choice: Choice, data: Survey, hardware: Hardware, image_size: int | None) -> None:
     """The side of the pictures, and how many pixels a token covers."""
     most = 64 if hardware.kind == "cpu" else 128
-    if data.made is not None:
+    if image_size is not None:
+        side, why = image_size, "as data.image_size asks"
+    elif data.made is not None:
         side = 80 if data.made == "emoji" else 64  # glyphs stand on cells of 8 pixels, ten in a row
         why = f"what {data.made} are drawn for"
     elif data.side_px is None:
@@ -107,7 +112,7 @@ def _picture(choice: Choice, data: Survey, hardware: Hardware) -> None:
     else:
         side = max([32, *(side for side in (64, 128) if side <= min(most, data.side_px * 1.1))])
         why = f"shorter sides are {data.side_px:.0f} px in the median, and {most} is the most on {hardware}"
-    downsample = 4 if side == 32 else 8  # 64 tokens at least: fewer can't say much
+    downsample = 4 if side < 64 else 8  # 64 tokens at least: fewer can't say much
     tokens = (side // downsample) ** 2
     choice.set(
         f"pictures of {side} × {side} pixels, {tokens} tokens each: {why}",
