@@ -123,6 +123,14 @@ def test_pictures_are_not_blown_up(side: float, cpu: int, gpu: int) -> None:
     assert chosen(photos(5_000, side), ONE_GPU).data.image_size == gpu
 
 
+def test_a_gpu_does_not_spend_its_budget_on_views() -> None:
+    """It had ten views of however many pictures: of two million more than an RTX 4090 encodes in ten minutes."""
+    short, long = (chosen(photos(2_000_000), EIGHT_GPUS, 60 * minutes).data.views for minutes in (10, 600))
+    assert short == ("plain",) and len(long) == 10
+    old = replace(ONE_GPU, has_bf16=False)
+    assert len(chosen(photos(5_000), old, 300.0).data.views) < len(chosen(photos(5_000), ONE_GPU, 300.0).data.views)
+
+
 def test_a_side_that_is_asked_for_decides_tokens_and_views() -> None:
     """--set data.image_size=32 left tokens of 8 pixels, 16 a picture; with 128 four times the time went into views."""
     small, large = (Recipe.parse(choose(photos(5_000), TWO_CORES, 1500.0, side).values) for side in (32, 128))
