@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -459,9 +460,11 @@ def test_pictures_that_are_skipped_and_too_few_captions_are_told_before_anything
     (tmp_path / "b.png").write_bytes(b"no picture")
     (tmp_path / "b.txt").write_text("nothing")
     out = tmp_path / "run"
-    with pytest.raises(ValueError, match="clip needs at least 2 captioned training pictures; the data has 1"):
+    with pytest.raises(ValueError, match="clip needs at least 2 captioned training pictures; the data has 1") as error:
         train(recipe(), str(tmp_path), out)
     assert not (out / "state").exists()
+    (remedy,) = re.findall(r"train without clip: --set '(.*)'", str(error.value))
+    assert recipe(remedy).train.stages == ("vae", "dalle")
     assert train(recipe(), str(tmp_path), out, stages=["vae"])
     assert f"1 of 2 pictures are skipped (1 unreadable); {out / 'data-report.json'} names them" in caplog.text
 

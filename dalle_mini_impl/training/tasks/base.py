@@ -55,7 +55,11 @@ def captioned(data: PreparedData, indices: Indices) -> Indices:
 def check_captioned(stage: Stage, indices: Indices) -> None:
     """Raises ValueError where a stage that contrasts captions has fewer than two captioned pictures."""
     if len(indices) < 2:
-        raise ValueError(f"{stage} needs at least 2 captioned training pictures; the data has {len(indices)}")
+        without = "dalle.image_prefix=0" if stage == "prior" else 'train.stages=["vae","dalle"]'
+        raise ValueError(
+            f"{stage} needs at least 2 captioned training pictures; the data has {len(indices)}: give it more, or "
+            f"train without {stage}: --set '{without}'"
+        )
 
 
 def pick_caption(captions: Sequence[str], rng: np.random.Generator) -> str:
