@@ -189,9 +189,13 @@ def test_stages_that_not_every_run_has_have_their_curves(tmp_path: Path) -> None
     wanted = recipe("dalle.image_prefix=2", "vqgan.alone_steps=1", *quick)
     assert train(wanted, "shapes:count=60", out)
     assert train(wanted, "shapes:count=60", out, stages=["vqgan"])
-    assert list(read_run(out).stages) == ["vae", "clip", "prior", "dalle", "vqgan"]
+    record = read_run(out)
+    assert list(record.stages) == ["vae", "clip", "prior", "dalle", "vqgan"]
     assert report(out, "--samples", "4", "--candidates", "1") == 0
     text = read(out / "report.html").text
+    assert f"VAE {record.last('vae', 'psnr'):.1f} dB" in text
+    before, after = (record.stages[stage].last("psnr") for stage in ("vae", "vqgan"))
+    assert before != after and record.last("vae", "psnr") == after, "the first figures are of the checkpoint's VAE"
     assert "Prior of unCLIP" in text and "Adversarial training" in text and "Fréchet distance" in text
 
 
@@ -239,6 +243,7 @@ def test_pictures_that_are_gone_are_not_a_vae_that_is_untrained(finished: Path, 
     assert report(out, "--samples", "2", "--candidates", "1") == 0
     text = read(out / "report.html").text
     assert text.count(f"Not here: The run's pictures are gone: {out / 'data'} has none.") == 4
+    assert "flat colours" not in text[: text.index("Curves")]
     assert "not trained yet" not in text
 
 

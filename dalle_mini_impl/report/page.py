@@ -138,7 +138,6 @@ def _state(record: RunRecord) -> str:
 
 def _facts(record: RunRecord, findings: Findings) -> Element:
     """The numbers to know first."""
-    vae, clip, dalle = (record.stages[name] for name in ("vae", "clip", "dalle"))
     report = record.data_report or {}
     facts: list[tuple[str, str | None, str]] = [
         (
@@ -152,17 +151,28 @@ def _facts(record: RunRecord, findings: Findings) -> Element:
             " + ".join(NAMES[name] for name in findings.num_parameters),
         ),
         ("time in training", format_duration(sum(stage.train_sec for stage in record.stages.values())), "all stages"),
-        ("VAE", _unit(vae.last("psnr"), ".1f", "dB"), f"flat colours: {_unit(findings.flat_psnr, '.1f', 'dB')}"),
-        ("codes' perplexity", _unit(vae.last("perplexity"), ",.0f", ""), f"of {record.recipe.vae.num_codes:,}"),
+        (
+            "VAE",
+            _unit(record.last("vae", "psnr"), ".1f", "dB"),
+            "" if findings.flat_psnr is None else f"flat colours: {findings.flat_psnr:.1f} dB",
+        ),
+        (
+            "codes' perplexity",
+            _unit(record.last("vae", "perplexity"), ",.0f", ""),
+            f"of {record.recipe.vae.num_codes:,}",
+        ),
         (
             "CLIP recall@1",
-            _percent(clip.last("text_to_image_recall_at_1")),
-            _chance(clip.last("chance_recall_at_1")),
+            _percent(record.last("clip", "text_to_image_recall_at_1")),
+            _chance(record.last("clip", "chance_recall_at_1")),
         ),
         (
             "nats a token",
-            _unit(dalle.last("image_nll"), ".2f", ""),
-            _beside(("trained on", dalle.last("image_nll_trained_on")), ("unigram", dalle.last("image_nll_unigram"))),
+            _unit(record.last("dalle", "image_nll"), ".2f", ""),
+            _beside(
+                ("trained on", record.last("dalle", "image_nll_trained_on")),
+                ("unigram", record.last("dalle", "image_nll_unigram")),
+            ),
         ),
     ]
     if findings.audits:

@@ -14,6 +14,8 @@ from dalle_mini_impl.training.progress import read_metrics
 from dalle_mini_impl.training.recipes import read_note
 from dalle_mini_impl.training.stages import ORDER, asked_for, stage_order
 
+_FURTHER: Mapping[str, Stage] = {"vae": "vqgan", "dalle": "distill"}
+"""Stages that train another one's model further."""
 Progress = Literal["finished", "not finished", "not begun", "taken over from --init-from", "not part of this recipe"]
 
 
@@ -83,6 +85,13 @@ class RunRecord:
         """Whether all that the recipe asks for is trained or taken over, and all that has begun is finished."""
         found = {stage.progress for stage in self.stages.values()}
         return "finished" in found and not found & {"not finished", "not begun"}
+
+    def last(self, model: Literal["vae", "clip", "dalle"], name: str) -> float | None:
+        """A metric of a model as the checkpoint has it: of what trained it last, where that measured it."""
+        further = self.stages.get(_FURTHER[model]) if model in _FURTHER else None
+        if further is not None and further.progress == "finished" and (value := further.last(name)) is not None:
+            return value
+        return self.stages[model].last(name)
 
     @property
     def holds_out(self) -> bool:
