@@ -29,6 +29,7 @@ from dalle_mini_impl.bench.ablate import (
 )
 from dalle_mini_impl.bench.ablate import main as ablate
 from dalle_mini_impl.bench.base_run import begin_from, check_base, shared_stages
+from dalle_mini_impl.bench.law import read_runs
 from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.config import STAGES, Recipe, Stage
 from dalle_mini_impl.data.array_cache import Workers, build_array
@@ -315,3 +316,15 @@ def test_a_bad_plan_is_one_clear_line(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: plan.toml has no arms: write [arms]") and done.stderr.count("\n") == 1
+    (tmp_path / "plan.toml").unlink()
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    """An ablation that was killed while it wrote ended in "Unterminated string", without a word of where."""
+    (tmp_path / "results.jsonl").write_text('{"arm": "a", "settings": []}\n{"arm": "b", "set')
+    ablation = Ablation(CONFIGS / "shapes.toml", DATA, tmp_path)
+    for read in (lambda: ablation.run({"b": []}), lambda: read_runs(tmp_path)):
+        with pytest.raises(ValueError, match=r"results\.jsonl, line 2 is damaged .*: delete it"):
+            read()

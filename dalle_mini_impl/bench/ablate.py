@@ -92,6 +92,17 @@ def read_recipes(path: Path) -> dict[str, Path]:
     return recipes
 
 
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results.jsonl. Raises ValueError that names one that is damaged, as a killed ablation's last."""
+    results = []
+    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            results.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {place} is damaged ({error}): delete it, to have its arm again") from None
+    return results
+
+
 def arm_folder(out: Path, name: str) -> Path:
     """The run folder of an arm, in an ablation's."""
     return out / re.sub(r"[^\w.=-]+", "_", name)
@@ -209,8 +220,7 @@ class Ablation:
         result was measured with something else, and CommandError where a command failed, once the other arms are done.
         """
         path = self.out / "results.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        found: dict[str, dict[str, Any]] = {result["arm"]: result for result in map(json.loads, lines)}
+        found = {result["arm"]: result for result in read_results(path)} if path.is_file() else {}
         for name, settings in arms.items():
             recipe = self.recipe(name, settings)
             if name in found:
@@ -315,7 +325,7 @@ def share_out(cores: Sequence[int], jobs: int) -> list[list[int]]:
 
 
 def main(
-    plan: Annotated[Path, typer.Argument(help="TOML file of the arms.")],
+    plan: Annotated[Path, typer.Argument(help="TOML file of the arms.", exists=True, dir_okay=False)],
     config: Annotated[Path, typer.Option(help="The recipe that the arms change.")],
     data: Annotated[str, typer.Option(help="As train.py's; with --base the same as its.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs and of results.jsonl.")],

@@ -11,7 +11,6 @@ transformer would say less with more tokens, a larger one see too few. The runs 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -21,7 +20,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from dalle_mini_impl.bench.ablate import arm_folder
+from dalle_mini_impl.bench.ablate import arm_folder, read_results
 from dalle_mini_impl.config import DALLEConfig, Recipe
 from dalle_mini_impl.training.budget import format_duration, parse_duration
 
@@ -136,8 +135,7 @@ def read_runs(ablation: Path) -> list[SizedRun]:
     if not results.is_file():
         raise ValueError(f"{results} doesn't exist: name the --out folder of an ablation")
     runs = []
-    for line in results.read_text(encoding="utf-8").splitlines():
-        arm = json.loads(line)
+    for arm in read_results(results):
         if "dalle_image_nll" not in arm:
             continue
         recipe = Recipe.from_toml(arm_folder(ablation, arm["arm"]) / "recipe.toml")
