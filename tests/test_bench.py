@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,27 @@ def test_the_plain_transformer_reads_every_token_but_the_last() -> None:
     gradient = torch.autograd.grad(loss, model.position)[0]
     assert gradient.shape == (13, 16) and gradient[:12].any(dim=1).all()
     assert not gradient[12].any()
+
+
+def test_what_cant_be_measured_or_drawn_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without matplotlib the plot failed when all was measured; a shape that can't be, once the machine was."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(machine_module, "measure_machine", fail)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for what, options, words in (
+        ("sample", ["--out", str(tmp_path)], "plots are drawn by matplotlib: pip install"),
+        ("train", ["--dim", "100", "--heads", "3"], "dalle.dim 100 must be heads 3 times a multiple of 4"),
+        ("train", ["--grid", "200"], "data.image_size: Input should be less than or equal to 1024"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["bench", what, *options])
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 def test_bad_batches_are_explained(capsys: pytest.CaptureFixture[str]) -> None:

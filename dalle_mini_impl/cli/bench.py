@@ -45,11 +45,19 @@ def bench(
     """
     from dalle_mini_impl.bench.machine import measure_machine
     from dalle_mini_impl.bench.peers import Shape
+    from dalle_mini_impl.cli.curve import load_matplotlib
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.config import Recipe
 
     default = "16" if what is What.train else "1,8,16,32,64"
     sizes = _numbers(default if batches is None else batches)
-    shape = Shape(dim=dim, layers=layers, heads=heads, grid_size=grid)
+    # What can't be built or drawn is told before minutes are spent on measuring.
+    model = {"dim": dim, "layers": layers, "heads": heads}
+    data = {"image_size": 8 * grid} if what is What.train else {}
+    Recipe.parse({"dalle": model, "data": data}, where="bench")
+    if out is not None and what is What.sample:
+        load_matplotlib()
+    shape = Shape(**model, grid_size=grid)
     device = process_state().device
     machine = measure_machine(device)
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in machine.flops.items())
