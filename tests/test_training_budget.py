@@ -81,6 +81,18 @@ def test_a_stage_turns_its_time_into_steps_and_fills_it() -> None:
     assert stage.plan.total_steps == pytest.approx(step + left_sec / 0.1, abs=1)
 
 
+@pytest.mark.parametrize("evaluation_sec", [45.0, 90.0, 200.0])
+def test_a_stage_without_time_for_another_evaluation_ends_with_its_first(evaluation_sec: float) -> None:
+    """It went on for a single step and evaluated that, too: a minute of 85 seconds."""
+    clock = FakeClock()
+    stage = StageClock(StageConfig(), 60.0, clock)
+    step = WARMUP_STEPS + TIMED_STEPS
+    run_steps(stage, clock, step, 0.2)
+    clock.wait(evaluation_sec)
+    stage.fix(step, evaluation_sec)
+    assert stage.plan.total_steps == step and not stage.wants_measurement()
+
+
 def test_dear_evaluations_become_fewer() -> None:
     clock = FakeClock()
     stage = StageClock(StageConfig(evaluations=10), 100.0, clock)

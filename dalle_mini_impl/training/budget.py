@@ -192,7 +192,10 @@ class StageClock:
         return step >= (1 - self.config.decay_share + fallen) * plan.total_steps and self._timed_steps >= TIMED_STEPS
 
     def fix(self, step: int, evaluation_sec: float) -> None:
-        """Fixes the plan once `step` steps are done and an evaluation is known to take evaluation_sec."""
+        """Fixes the plan once `step` steps are done and evaluated, which is known to take evaluation_sec.
+
+        Where no time is left for another step and its evaluation, the stage ends there.
+        """
         assert self.plan.allotted_sec is not None
         evaluations = self.config.evaluations
         if evaluation_sec > 0:
@@ -200,7 +203,7 @@ class StageClock:
             evaluations = max(1, min(evaluations, affordable))
         self.plan.num_evaluations = evaluations
         self.plan.evaluation_sec = evaluation_sec
-        self._set_total(step, evaluations)
+        self._set_total(step, evaluations, fewest=0)
 
     def review(self, step: int) -> bool:
         """Puts the number of steps right with the speed measured since the last look; True where that changed it."""
@@ -208,7 +211,7 @@ class StageClock:
         assert plan.total_steps is not None
         before = plan.total_steps
         done = step * plan.num_evaluations // before
-        self._set_total(step, max(1, plan.num_evaluations - done))
+        self._set_total(step, max(1, plan.num_evaluations - done), fewest=1)
         if plan.num_reviews > 0:
             plan.total_steps = min(plan.total_steps, before)
         plan.num_reviews += 1
@@ -219,10 +222,10 @@ class StageClock:
         allotted = self.plan.allotted_sec
         return allotted is not None and self.elapsed_sec > allotted * OVERRUN_LIMIT + 5.0
 
-    def _set_total(self, step: int, evaluations_left: int) -> None:
+    def _set_total(self, step: int, evaluations_left: int, fewest: int) -> None:
         plan = self.plan
         assert plan.allotted_sec is not None
         plan.step_sec = max(self._timed_sec / max(1, self._timed_steps), 1e-6)
         left_sec = plan.allotted_sec - self.elapsed_sec - evaluations_left * (plan.evaluation_sec or 0.0)
-        plan.total_steps = step + max(1, int(left_sec / plan.step_sec))
+        plan.total_steps = step + max(fewest, int(left_sec / plan.step_sec))
         self._timed_steps, self._timed_sec = 0, 0.0
