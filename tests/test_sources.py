@@ -400,6 +400,25 @@ def test_a_shard_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:
     assert any("0.tar" in name for name in lost) and any("1.tar" in name for name in lost)
 
 
+@pytest.mark.parametrize("name", ["set [1]", "50 % #2", "a*b?"])
+def test_names_with_marks_of_patterns_and_addresses_are_names(tmp_path: Path, name: str) -> None:
+    root = tmp_path / name
+    put(root / "a.png", "red")
+    table = write_lines(root / f"{name}.csv", "image,caption", "a.png,red")
+    assert read(table) == {"a.png": ("red", ("red",), None)}
+    table.rename(root / "metadata.csv")
+    assert read(root) == {"a.png": ("red", ("red",), None)}
+    tar(root / f"{name}.tar", {"1.png": encoded(picture("blue")), "1.txt": b"blue"})
+    assert read(root / f"{name}.tar") == {f"{name}.tar/1": ("blue", ("blue",), None)}
+
+
+def test_a_downloaded_data_set_whose_folder_reads_as_a_pattern_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "set [1]").mkdir()
+    (tmp_path / "set [1]" / "train.parquet").write_bytes(b"not looked at")
+    with pytest.raises(ValueError, match=r"set \[1\].*rename the folder"):
+        read(tmp_path / "set [1]")
+
+
 # --- made sources and mistakes
 
 

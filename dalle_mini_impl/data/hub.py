@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def loadable_source(name: str, config: DataConfig, *, folder: Path | None = None
         splits = load_dataset(path, subset or None, streaming=True)
     except Exception as error:  # the library's, the hub's, the network's
         where = f"the folder {folder}" if folder else f"a data set {name!r} of the Hugging Face hub"
-        raise ValueError(f"can't open {where}: {type(error).__name__}: {error}") from error
+        hint = "; it takes [, * and ? in a path for a pattern: rename the folder" if glob.has_magic(path) else ""
+        raise ValueError(f"can't open {where}: {type(error).__name__}: {error}{hint}") from error
     kind = "Hugging Face data set (folder)" if folder else "Hugging Face data set (hub)"
     return _source(kind, name, dict(splits), config, (folder,) if folder else ())
 

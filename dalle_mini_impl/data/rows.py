@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -52,7 +53,8 @@ def load_rows(reader: str, files: list[str], **options: Any) -> Any:
     """Opens files with one of the `datasets` library's readers, streaming, pictures left undecoded."""
     from datasets import load_dataset
 
-    return undecoded(load_dataset(reader, data_files={"train": files}, split="train", streaming=True, **options))
+    names = [file if "://" in file else glob.escape(file) for file in files]  # the library takes names for patterns
+    return undecoded(load_dataset(reader, data_files={"train": names}, split="train", streaming=True, **options))
 
 
 def undecoded(rows: Any) -> Any:
