@@ -190,6 +190,19 @@ def test_unquoted_commas_are_explained(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "set.csv", "image,caption", "a.png,red", "a.png,red, square, large")
     with pytest.raises(ValueError, match=r"can't read set\.csv.*line 3.*needs quotes"):
         read(path)
+    for header, row in (("image,caption", "a.png,red, square, large"), ("id,image,caption", "7,a.png,red, square")):
+        with pytest.raises(ValueError, match=r"can't read first\.csv.*cells, the header.*needs quotes"):
+            read(write_lines(tmp_path / "first.csv", header, row, "a.png,red"))
+
+
+def test_rows_longer_than_their_header_keep_their_columns(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    put(tmp_path / "b.png", "blue")
+    expected = {"a.png": ("red", ("red",), None), "b.png": ("blue", ("blue, too",), None)}
+    delimiter_at_the_end = ("image,caption", "", "a.png,red,", 'b.png,"blue, too",')
+    assert read(write_lines(tmp_path / "1.csv", *delimiter_at_the_end)) == expected
+    numbered = ("image,caption", "1,a.png,red", '2,b.png,"blue, too"')
+    assert read(write_lines(tmp_path / "2.csv", *numbered)) == expected
 
 
 def test_columns_of_unknown_names_are_asked_for_and_then_used(tmp_path: Path) -> None:

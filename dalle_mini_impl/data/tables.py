@@ -89,17 +89,43 @@ def _csv_rows(path: Path) -> Any:
     from datasets import Features, Value
 
     sheet = _sheet(path)
+    columns = _columns_of_rows(path, sheet) if sheet.header else sheet.columns
     return load_rows(
         "csv",
         [str(path)],
         sep=sheet.delimiter,
-        column_names=sheet.columns,
+        column_names=columns,
         header=0 if sheet.header else None,
-        features=Features({name: Value("string") for name in sheet.columns}),
+        features=Features({name: Value("string") for name in columns}),
         keep_default_na=False,
         skipinitialspace=True,
         encoding=sheet.encoding,
         encoding_errors="replace",
+    )
+
+
+def _columns_of_rows(path: Path, sheet: _Sheet) -> list[str]:
+    """The header's columns, with names for cells that rows have besides: their numbers ahead, or blank ones at the end.
+
+    Where the first row is longer than the header, the reader would take its first cells for names of rows and move all
+    others to the left. Raises ValueError where that is because of a caption.
+    """
+    with open(path, encoding=sheet.encoding, errors="replace", newline="") as lines:
+        rows = filter(None, csv.reader(lines, delimiter=sheet.delimiter, skipinitialspace=True))
+        next(rows)
+        row = next(rows, [])
+    more = len(row) - len(sheet.columns)
+    if more <= 0:
+        return sheet.columns
+    unnamed = [f".{index}" for index in range(len(sheet.columns), len(row))]
+    if not any(cell.strip() for cell in row[-more:]):
+        return sheet.columns + unnamed
+    spot = next((index for index, name in enumerate(sheet.columns) if name.lower() in IMAGE_NAMES), None)
+    if more == 1 and spot is not None and looks_like_picture(row[spot + 1]):
+        return unnamed + sheet.columns
+    raise ValueError(
+        f"the first row has {len(row)} cells, the header {len(sheet.columns)} "
+        "(a caption with the delimiter in it needs quotes)"
     )
 
 
