@@ -132,6 +132,17 @@ def test_changed_picture_that_a_table_names_is_noticed(tmp_path: Path) -> None:
     assert colour_of(prepare(str(table), CONFIG, tmp_path / "data").pictures[0]) == "blue"
 
 
+def test_a_cell_that_cant_be_a_files_name_costs_its_own_row_alone(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue")):
+        put(tmp_path / f"{name}.png", colour)
+    cells = ["a.png", "a caption in the wrong column " * 20, "a\0.png", "b.png"]
+    lines = [json.dumps({"image": cell, "caption": "one"}) + "\n" for cell in cells]
+    (tmp_path / "set.jsonl").write_text("".join(lines), encoding="utf-8")
+    data = prepare(str(tmp_path / "set.jsonl"), CONFIG, tmp_path / "data")
+    assert data.names == ["a.png", "b.png"]
+    assert data.report["skipped"]["unreadable"]["names"] == cells[1:3]
+
+
 def test_source_that_breaks_off_is_reported_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "open_source", lambda spec, config: Noise(50, fail_at=30))
     report = prepare("noise", CONFIG, tmp_path / "data").report

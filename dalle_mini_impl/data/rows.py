@@ -75,7 +75,14 @@ def picture_folders(base: Path) -> tuple[Path, ...]:
 def find_picture(name: str, folders: tuple[Path, ...]) -> Path:
     """The first existing file of that name; where there is none, the path at which it was expected."""
     candidates = [folder / name for folder in folders] or [Path(name)]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    return next((path for path in candidates if _is_file(path)), candidates[0])
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for one, a folder that may not be looked into
+        return False
 
 
 def path_record(name: str, path: Path, captions: tuple[str, ...], split: Split | None, config: DataConfig) -> Record:

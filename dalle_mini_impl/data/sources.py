@@ -130,12 +130,14 @@ def files_key(paths: Iterable[Path]) -> str:
     """A digest of the paths, sizes and times of files, missing ones included."""
     digest = hashlib.sha256()
     for path in paths:
+        name, state = path, "missing"
         try:
+            name = path.resolve()
             stat = path.stat()
             state = f"{stat.st_size} {stat.st_mtime_ns}"
-        except OSError:
-            state = "missing"
-        digest.update(f"{path.resolve()}\0{state}\n".encode(errors="surrogateescape"))
+        except (OSError, ValueError):  # ValueError: what a table names can't be a file's name
+            pass
+        digest.update(f"{name}\0{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
