@@ -74,6 +74,15 @@ def test_text_beside_picture_gives_a_caption_a_line_and_equal_stems_dont_clash(t
     }
 
 
+def test_endings_of_texts_may_be_in_capitals(tmp_path: Path) -> None:
+    (put(tmp_path / "a.png", "red")).rename(tmp_path / "A.PNG")
+    write_lines(tmp_path / "A.TXT", "red")
+    assert read(tmp_path) == {"A.PNG": ("red", ("red",), None)}
+    put(tmp_path / "b.png", "blue")
+    write_lines(tmp_path / "b.txt", "blue")
+    assert read(tmp_path) == {"A.PNG": ("red", ("red",), None), "b.png": ("blue", ("blue",), None)}
+
+
 def test_split_folders_are_honoured_but_a_class_called_train_is_no_split(tmp_path: Path) -> None:
     for split, colour in (("train", "red"), ("val", "green"), ("test", "blue")):
         put(tmp_path / "split" / split / "x.png", colour)

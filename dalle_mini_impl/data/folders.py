@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,12 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS
 
 
-def has_own_text(picture: Path, texts: set[Path]) -> bool:
+def texts_in(files: Iterable[Path]) -> dict[Path, Path]:
+    """The text files, by their paths with the ending in lower case: cameras and Windows write ``X.JPG``, ``X.TXT``."""
+    return {path.with_suffix(".txt"): path for path in files if path.suffix.lower() == ".txt"}
+
+
+def has_own_text(picture: Path, texts: Mapping[Path, Path]) -> bool:
     """Whether ``x.txt`` lies beside ``x.jpg``."""
     return picture.with_suffix(".txt") in texts
 
@@ -57,8 +62,8 @@ class PictureFolder:
         return [path for path in self.files if is_picture(path)]
 
     @cached_property
-    def _texts(self) -> set[Path]:
-        return {path for path in self.files if path.suffix.lower() == ".txt"}
+    def _texts(self) -> dict[Path, Path]:
+        return texts_in(self.files)
 
     @cached_property
     def _splits(self) -> SplitFolders:
@@ -101,7 +106,8 @@ class PictureFolder:
         if self.kind == "class folders":
             folders = self._splits.folders(path)
             return (class_caption(folders[-1]),) if folders else ()
-        return caption_lines(read_text(path.with_suffix(".txt"))) if has_own_text(path, self._texts) else ()
+        text = self._texts.get(path.with_suffix(".txt"))
+        return () if text is None else caption_lines(read_text(text))
 
 
 @dataclass(frozen=True)

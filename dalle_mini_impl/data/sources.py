@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dalle_mini_impl.config import DataConfig
 from dalle_mini_impl.data.columns import split_in
-from dalle_mini_impl.data.folders import METADATA, MetadataFolder, PictureFolder, has_own_text, is_picture
+from dalle_mini_impl.data.folders import METADATA, MetadataFolder, PictureFolder, has_own_text, is_picture, texts_in
 from dalle_mini_impl.data.hub import loadable_source, saved_source
 from dalle_mini_impl.data.made import MADE, open_made, probe
 from dalle_mini_impl.data.records import Source
@@ -81,7 +81,7 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
         return ShardSource(tuple(shards), config)
     if not pictures and any(path.suffix.lower() in (".parquet", ".arrow") for path in files):
         return loadable_source(str(root), config, folder=root)
-    texts = {path for path in files if path.suffix.lower() == ".txt"}
+    texts = texts_in(files)
     if not any(has_own_text(path, texts) for path in pictures):
         tables = [path for path in files if path.parent == root and _is_table(path)]
         if len(tables) == 1 or (tables and all(split_in(path.name) for path in tables)):
