@@ -408,16 +408,57 @@ def test_web_dataset_samples_may_differ_in_their_fields(tmp_path: Path) -> None:
         open_source(str(tmp_path / "s-{001..002}.tar"), CONFIG)
 
 
+def test_what_is_odd_about_a_sample_takes_no_other_with_it(tmp_path: Path) -> None:
+    colours = dict(enumerate(("red", "green", "blue", "grey", "red", "green")))
+    members = {f"{n}.png": encoded(picture(colour)) for n, colour in colours.items()}
+    texts = {
+        "0.TXT": b"in capitals",
+        "1.txt": "Käfer".encode("cp1252"),
+        "2.json": b'{"caption": "never clo',
+        "3.cls": b"no number, and not asked for",
+        "4.JSON": b'{"caption": "four"}',
+        "5.msgpack": b"",
+    }
+    tar(tmp_path / "s.tar", dict(sorted((members | texts).items())))
+    assert read(tmp_path) == {
+        "s.tar/0": ("red", ("in capitals",), None),
+        "s.tar/1": ("green", ("Käfer",), None),
+        "s.tar/2": ("unreadable", (), None),
+        "s.tar/3": ("grey", (), None),
+        "s.tar/4": ("red", ("four",), None),
+        "s.tar/5": ("green", (), None),
+    }
+
+
+def test_fields_of_shards_can_be_named(tmp_path: Path) -> None:
+    fields = {
+        "0.alt.txt": b"an alt text",
+        "0.jpg": encoded(picture("red"), "JPEG"),
+        "0.json": b'{"caption": "the usual", "blip": ["by a model"]}',
+        "0.mask.png": encoded(picture("grey")),
+        "0.txt": b"the text",
+    }
+    tar(tmp_path / "s.tar", fields)
+    for named, expected in (
+        ({}, ("red", ("the text",), None)),
+        ({"caption_column": "blip"}, ("red", ("by a model",), None)),
+        ({"caption_column": "alt.txt", "image_column": "mask.png"}, ("grey", ("an alt text",), None)),
+        ({"image_column": "png"}, ("unreadable", ("the text",), None)),
+    ):
+        assert read(tmp_path, CONFIG.model_copy(update=named)) == {"s.tar/0": expected}
+
+
 def test_a_shard_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:
     for index, colour in enumerate(("red", "green", "blue")):
         tar(tmp_path / "train" / f"{index}.tar", {f"{n}.png": encoded(picture(colour)) for n in range(3)})
     broken = tmp_path / "train" / "1.tar"
-    broken.write_bytes(broken.read_bytes()[:1500])
+    broken.write_bytes(broken.read_bytes()[:1600])
     (tmp_path / "train" / "0.tar").write_bytes(b"no tar at all")
     found = read(tmp_path)
     assert {name: value for name, value in found.items() if name.startswith("2.tar")} == {
         f"2.tar/{n}": ("blue", (), "train") for n in range(3)
     }
+    assert found["1.tar/0"] == ("green", (), "train"), "what comes before the cut is whole"
     lost = [name for name, value in found.items() if value[0] == "unreadable"]
     assert any("0.tar" in name for name in lost) and any("1.tar" in name for name in lost)
 

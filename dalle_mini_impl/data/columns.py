@@ -127,6 +127,11 @@ def text_encoding(data: bytes) -> str:
     return "utf-8-sig"
 
 
+def decode_text(data: bytes) -> str:
+    """A text in whichever encoding it is; bytes that mean nothing in it become U+FFFD."""
+    return data.decode(text_encoding(data), errors="replace")
+
+
 def class_caption(name: str) -> str:
     """The caption that a class name makes: ``red_apple`` and ``red-apple`` become "red apple"."""
     return " ".join(name.replace("_", " ").replace("-", " ").split())

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.columns import caption_lines, class_caption, split_of, text_encoding
+from dalle_mini_impl.data.columns import caption_lines, class_caption, decode_text, split_of
 from dalle_mini_impl.data.pictures import EXTENSIONS
 from dalle_mini_impl.data.records import Record, Split, broken
 from dalle_mini_impl.data.rows import RowSource, path_record
@@ -162,5 +162,4 @@ class MetadataFolder:
 
 def read_text(path: Path) -> str:
     """A text file in whichever encoding it is; bytes that mean nothing in it become U+FFFD."""
-    data = path.read_bytes()
-    return data.decode(text_encoding(data), errors="replace")
+    return decode_text(path.read_bytes())

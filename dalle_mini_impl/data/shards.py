@@ -1,27 +1,36 @@
-"""WebDataset: tar shards of pictures and captions, streamed through the `datasets` library."""
+"""WebDataset: tar shards of pictures and captions, streamed through the `datasets` library.
+
+Its own WebDataset reader decodes every field of a sample, wanted or not, and gives a shard up at the first that it
+can't, so that only its archives' files are taken.
+"""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
 
 from PIL import Image
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.columns import caption_lines, captions_of, find_captions, split_in, split_of
+from dalle_mini_impl.data.columns import (
+    caption_lines,
+    captions_of,
+    decode_text,
+    find_captions,
+    split_in,
+    split_of,
+)
 from dalle_mini_impl.data.pictures import EXTENSIONS, PictureError, open_picture
 from dalle_mini_impl.data.records import Record, Split, broken, unbroken
-from dalle_mini_impl.data.rows import load_rows
 
 _TEXTS = ("txt", "text", "caption")
-_MEMBERS_READ = 1000
+_MEMBER = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -65,19 +74,21 @@ class ShardSource:
         """The samples of one of the shards."""
         try:
             yield from unbroken(self._read(shard), shard)
-            if _cut_short(shard):
-                yield broken(
-                    f"{shard}: everything after its last record", "the archive has no end mark: it is cut short"
-                )
         except Exception as error:  # tarfile's, fsspec's, the network's: the next shard may be whole
             yield broken(shard, f"{type(error).__name__}: {error}")
 
     def _read(self, shard: str) -> Iterator[Record]:
         split = _shard_split(shard) if len(self.shards) > 1 else None
-        for sample in load_rows("webdataset", [shard], features=_features(shard)):
-            name = f"{shard.rsplit('/', 1)[-1]}/{sample['__key__']}"
-            cells = [value for field, value in sample.items() if _is_picture(field) and value is not None]
-            yield Record(name, _loader(cells, self.config), _captions(sample), split)
+        for key, fields in _samples(shard, {self.config.image_column, self.config.caption_column}):
+            name = f"{shard.rsplit('/', 1)[-1]}/{key}"
+            try:
+                captions = _captions(fields, self.config.caption_column)
+            except ValueError as error:
+                yield broken(name, f"its JSON: {error}")
+                continue
+            yield Record(name, _loader(fields, self.config), captions, split)
+        if _cut_short(shard):
+            yield broken(f"{shard}: everything after its last record", "the archive has no end mark: it is cut short")
 
 
 def _cut_short(shard: str) -> bool:
@@ -94,44 +105,56 @@ def _shard_split(shard: str) -> Split | None:
     return split_of(PurePath(shard).parent.name) or split_in(shard)
 
 
-def _features(shard: str) -> Any:
-    """The fields to read, declared so that samples may differ in theirs: the usual ones and those of the first samples.
+def _samples(shard: str, named: set[str | None]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and fields of each sample: files in a row with one name up to its first dot, by what follows it, lower case.
 
-    Left to itself the reader refuses shards in which one of the first pictures has no caption.
+    A field that comes again begins another sample. Other fields than pictures, texts, JSON and those named are left.
     """
-    from datasets import Features, Image, Json, Value
+    from datasets import StreamingDownloadManager
 
-    fields = {"jpg", "jpeg", "png", "webp", "json", *_TEXTS}
-    if "://" not in shard:
-        with tarfile.open(shard) as archive:
-            for member in islice(archive, _MEMBERS_READ):
-                fields.add(PurePath(member.name).name.partition(".")[2])
-    types: dict[str, Any] = {field: Image(decode=False) for field in sorted(fields) if _is_picture(field)}
-    types |= {field: Value("string") for field in _TEXTS} | {"json": Json()}
-    return Features(types | {"__key__": Value("string"), "__url__": Value("string")})
+    key, fields = "", dict[str, bytes]()
+    for path, file in StreamingDownloadManager().iter_archive(shard):
+        member = _MEMBER.fullmatch(path)
+        if member is None:
+            continue
+        field = member[2].lower()
+        if key and (member[1] != key or field in fields):
+            yield key, fields
+            fields = {}
+        key = member[1]
+        if field in (*_TEXTS, "json", *named) or _is_picture(field):
+            fields[field] = file.read()
+    if key:
+        yield key, fields
 
 
 def _is_picture(field: str) -> bool:
     return PurePath(f"x.{field}").suffix.lower() in EXTENSIONS
 
 
-def _loader(cells: Sequence[Mapping[str, Any]], config: DataConfig) -> Callable[[], Image.Image]:
-    """Opens the first picture of a sample."""
+def _loader(fields: Mapping[str, bytes], config: DataConfig) -> Callable[[], Image.Image]:
+    """Opens the picture of a sample: the one that is named, or else the first."""
 
     def load() -> Image.Image:
-        if not cells:
-            raise PictureError("unreadable", "the sample has no picture")
-        return open_picture(cells[0]["bytes"], config)
+        wanted = config.image_column
+        field = next((field for field in sorted(fields) if (field == wanted if wanted else _is_picture(field))), None)
+        if field is None:
+            raise PictureError("unreadable", f"the sample has no {wanted or 'picture'}")
+        return open_picture(fields[field], config)
 
     return load
 
 
-def _captions(sample: Mapping[str, Any]) -> tuple[str, ...]:
-    """The lines of the sample's text, or, where it has none, the caption in its JSON."""
-    for field in _TEXTS:
-        if sample.get(field) is not None:
-            return caption_lines(sample[field])
-    described = sample.get("json")
+def _captions(fields: Mapping[str, bytes], wanted: str | None) -> tuple[str, ...]:
+    """The lines of the sample's text, or, where it has none, the caption in its JSON; wanted: the name of either.
+
+    Raises ValueError for JSON that is none.
+    """
+    text = next((fields[name] for name in ([wanted] if wanted else _TEXTS) if name in fields), None)
+    if text is not None:
+        return caption_lines(decode_text(text))
+    described = json.loads(decode_text(fields["json"])) if "json" in fields else None
     if not isinstance(described, Mapping):
         return ()
-    return tuple(text for name in find_captions(list(described)) for text in captions_of(described[name]))
+    names = [wanted] if wanted else find_captions(list(described))
+    return tuple(caption for name in names for caption in captions_of(described.get(name)))
