@@ -150,16 +150,22 @@ def read_json(path: Path, remedy: str) -> Any:
         raise ValueError(f"{path} is damaged ({error}); {remedy}") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 atomically.
+
+    Bytes of file names that are no UTF-8, which Python reads as lone surrogates, become escapes that JSON reads back.
+    """
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes JSON atomically, indented, keys in their own order."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: Path, values: Iterable[object]) -> None:
     """Writes JSON atomically, a line a value."""
-    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
 def reserve(path: Path) -> None:

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from pictures_on_disk import put
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,6 +31,7 @@ from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.processes import check_settings, make_accelerator
+from dalle_mini_impl.training.progress import MetricsLog
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import ORDER
 from tests.tiny import TIMED, tiny_recipe
@@ -319,6 +323,25 @@ def test_where_no_picture_can_be_used_the_report_names_each(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=rf"1 unreadable.*{report} names all"):
         train(recipe(), str(tmp_path / "in"), tmp_path / "run")
     assert json.loads(report.read_text())["skipped"]["unreadable"]["names"] == ["a.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_names_that_are_no_utf8_are_written_as_they_can_be(tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9")
+    folder = tmp_path / latin
+    for number in range(4):
+        put(folder / f"{latin} {number}.png", "red", (20 + number, 20))
+        (folder / f"{latin} {number}.txt").write_text(f"picture {number}", encoding="utf-8")
+    (folder / f"{latin}.jpg").write_bytes(b"no picture")
+    out = tmp_path / "run"
+    for _ in range(2):
+        assert train(recipe(steps=1), str(folder), out, stages=["vae"])
+    report = json.loads((out / "data-report.json").read_text(encoding="utf-8"))
+    assert report["skipped"]["unreadable"]["names"] == [f"{latin}.jpg"]
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["data"] == str(folder)
+    assert tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))["name"] == "tiny"
+    MetricsLog(out / "metrics.jsonl").write({"stage": "vae", "pictures": [latin]})
+    assert lines(out, "vae")[-1]["pictures"] == [latin]
 
 
 def test_a_budget_replaces_the_steps(tmp_path: Path) -> None:

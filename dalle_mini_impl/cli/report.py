@@ -30,7 +30,7 @@ def report(
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.cli.sample import progress_bar
     from dalle_mini_impl.data.checker import MIN_SIDE
-    from dalle_mini_impl.files import write_atomically
+    from dalle_mini_impl.files import write_text
     from dalle_mini_impl.report.measure import Options, measure
     from dalle_mini_impl.report.page import render
     from dalle_mini_impl.report.records import read_run
@@ -60,7 +60,7 @@ def report(
         )
         findings = measure(record, options)
     page = render(record, findings)
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(path, page)
     for audit in findings.audits:
         share = audit.samples
         text = (

@@ -48,7 +48,7 @@ class MetricsLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
         if self.tracking is not None:
             self.tracking.log(values)

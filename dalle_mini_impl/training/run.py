@@ -27,7 +27,7 @@ from torch import nn
 from dalle_mini_impl.config import Recipe, Stage, StageConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
-from dalle_mini_impl.files import FolderLock, check_writable, write_atomically, write_json
+from dalle_mini_impl.files import FolderLock, check_writable, write_json, write_text
 from dalle_mini_impl.pretrained import (
     Bundle,
     load_bundle,
@@ -259,7 +259,7 @@ class Run:
         }
         if self.is_main:
             text = self.recipe.to_toml([f"--data {self.data_spec}", *self._reasons])
-            write_atomically(self.out / "recipe.toml", lambda path: path.write_text(text, encoding="utf-8"))
+            write_text(self.out / "recipe.toml", text)
             write_json(self._note_path, self._note)
 
     def _without_outgrown(self, bundle: Bundle) -> Bundle:
