@@ -63,6 +63,14 @@ def lines(out: Path, stage: Stage) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMED} for line in every if line["stage"] == stage]
 
 
+def pictures_in(folder: Path, count: int) -> Path:
+    """A folder of captioned pictures that all differ."""
+    for number in range(count):
+        put(folder / f"{number}.png", "red", (20 + number, 20))
+        (folder / f"{number}.txt").write_text(f"picture {number}", encoding="utf-8")
+    return folder
+
+
 def test_all_stages_make_a_checkpoint_that_loads(finished: Path) -> None:
     bundle = load_bundle(finished)
     assert bundle.vae is not None and bundle.clip is not None and bundle.dalle is not None
@@ -99,6 +107,20 @@ def test_a_folder_of_another_run_is_refused(finished: Path) -> None:
         train(recipe("dalle.dim=64"), DATA, finished)
     with pytest.raises(ValueError, match=r"data source was shapes:count=60, now shapes:count=61"):
         train(recipe(), "shapes:count=61", finished)
+
+
+def test_the_same_folder_in_other_words_is_the_same_run(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures_in(tmp_path / "mine", 4)
+    monkeypatch.chdir(tmp_path)
+    first, out = str(finished), Path("run")
+    assert train(recipe(steps=1), "mine", out, stages=["vae"], init_from=first)
+    for data, checkpoint in (("mine/", f"{first}/"), (str(tmp_path / "mine"), os.path.relpath(first))):
+        assert train(recipe(steps=1), data, out, stages=["vae"], init_from=checkpoint, resume=True)
+    pictures_in(tmp_path / "theirs", 4)
+    with pytest.raises(ValueError, match=r"data source was .*mine, now theirs"):
+        train(recipe(steps=1), "theirs", out, stages=["vae"], init_from=first, resume=True)
 
 
 def test_sampling_settings_and_stages_not_begun_may_change(finished: Path, tmp_path: Path) -> None:

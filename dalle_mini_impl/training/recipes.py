@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
+from dalle_mini_impl.data.sources import resolve_spec
 from dalle_mini_impl.files import read_json
 from dalle_mini_impl.pretrained import Bundle
 
@@ -144,8 +145,11 @@ def check_unchanged(
     """
     # Parsed, so that a run begun before a setting existed is not another run: it gets the setting's default.
     theirs = {**_dump(Recipe.parse(note["recipe"])), "data source": note["data"], "init-from": note["init_from"]}
-    init_from = init_from if init_from is not None else note["init_from"]
-    ours = {**_dump(recipe), "data source": data_spec, "init-from": init_from}
+    ours = {
+        **_dump(recipe),
+        "data source": _as_noted(data_spec, note["data"]),
+        "init-from": _as_noted(init_from, note["init_from"]),
+    }
     free = (
         "name",
         "sampling.",
@@ -159,6 +163,13 @@ def check_unchanged(
         raise ValueError(
             f"{out} holds another run ({in_words(changed)}): choose another --out, or go on with what it was"
         )
+
+
+def _as_noted(given: str | None, noted: str | None) -> str | None:
+    """What was given; what is noted where that is the same path in other words, or where nothing was given."""
+    if given is None or noted is None:
+        return noted if given is None else given
+    return noted if resolve_spec(given) == resolve_spec(noted) else given
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
