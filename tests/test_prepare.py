@@ -171,6 +171,16 @@ def test_folder_of_something_else_is_never_replaced(noise: Noise, tmp_path: Path
     assert (tmp_path / "data" / "thesis.txt").read_text() == "years of work"
 
 
+def test_nothing_is_made_among_the_pictures(tmp_path: Path) -> None:
+    root = folder_of_pictures(tmp_path / "in", "a", "b")
+    for folder in (root, root / "run" / "data"):
+        with pytest.raises(ValueError, match=r"lies in --data .*choose an --out elsewhere"):
+            prepare(str(root), CONFIG, folder)
+    assert len(prepare(str(root), CONFIG, root / ".run" / "data")) == 2, "hidden folders are not read"
+    (root / "set.csv").write_text("image,caption\na.png,one\n", encoding="utf-8")
+    assert len(prepare(str(root / "set.csv"), CONFIG, root / "run" / "data")) == 1, "a table says which are read"
+
+
 def test_nothing_usable_says_why(tmp_path: Path) -> None:
     root = folder_of_pictures(tmp_path / "in", "a", "b")
     (root / "a.png").write_bytes(b"")

@@ -500,17 +500,19 @@ def test_pictures_that_changed_are_refused_and_those_of_the_run_stay(tmp_path: P
 def test_pictures_that_are_skipped_and_too_few_captions_are_told_before_anything_is_trained(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("red")
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    (tmp_path / "b.txt").write_text("nothing")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.new("RGB", (20, 20), "red").save(folder / "a.png")
+    (folder / "a.txt").write_text("red")
+    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "b.txt").write_text("nothing")
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="clip needs at least 2 captioned training pictures; the data has 1") as error:
-        train(recipe(), str(tmp_path), out)
+        train(recipe(), str(folder), out)
     assert not (out / "state").exists()
     (remedy,) = re.findall(r"train without clip: --set '(.*)'", str(error.value))
     assert recipe(remedy).train.stages == ("vae", "dalle")
-    assert train(recipe(), str(tmp_path), out, stages=["vae"])
+    assert train(recipe(), str(folder), out, stages=["vae"])
     assert f"1 of 2 pictures are skipped (1 unreadable); {out / 'data-report.json'} names them" in caplog.text
 
 

@@ -149,6 +149,7 @@ def _lead(
 ) -> None:
     """The first process's part of `prepare`."""
     source = _open_or_do_without(spec, config, folder, expected)
+    _check_apart(source, spec, folder)
     request = {} if source is None else _request(spec, config, source)
     if source is None or _answers(folder, request):
         barrier()
@@ -169,6 +170,15 @@ def _open_or_do_without(spec: str, config: DataConfig, folder: Path, expected: s
             raise
         logger.warning("%s can't be read any more, its pictures in %s are taken: %s", spec, folder, error)
         return None
+
+
+def _check_apart(source: Source | None, spec: str, folder: Path) -> None:
+    """Raises ValueError where what is made of pictures would lie among them, and be read as one of them next time."""
+    place = folder.resolve()
+    for root in (root.resolve() for root in getattr(source, "roots", ()) if root.is_dir()):
+        is_read = place.is_relative_to(root) and not any(part.startswith(".") for part in place.relative_to(root).parts)
+        if is_read:
+            raise ValueError(f"{folder} lies in --data {spec}, whose files are all read: choose an --out elsewhere")
 
 
 def _request(spec: str, config: DataConfig, source: Source) -> dict[str, Any]:
