@@ -143,6 +143,21 @@ def test_imagefolder_metadata(tmp_path: Path, form: str) -> None:
     }
 
 
+def test_metadata_may_name_pictures_in_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = tmp_path / "set" / "train"
+    for name, colour in (("a", "red"), ("b", "green"), ("c", "blue")):
+        put(train / f"{name}.png", colour)
+    names = ("./a.png", "../train/b.png", str(train / "c.png"))
+    write_lines(train / "metadata.csv", "file_name,text", *(f"{name},{number}" for number, name in enumerate(names)))
+    monkeypatch.chdir(tmp_path)
+    for spec in ("set", tmp_path / "set"):
+        assert read(spec) == {
+            "train/a.png": ("red", ("0",), "train"),
+            "train/b.png": ("green", ("1",), "train"),
+            "train/c.png": ("blue", ("2",), "train"),
+        }
+
+
 # --- tables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,17 +139,18 @@ class MetadataFolder:
         return (self.root,)
 
     def __iter__(self) -> Iterator[Record]:
-        pictures = [path for path in self.files if is_picture(path)]
-        splits = SplitFolders(self.root, pictures)
+        root = _absolute(self.root)
+        pictures = [path for path in map(_absolute, self.files) if is_picture(path)]
+        splits = SplitFolders(root, pictures)
         named: set[Path] = set()
         for table in self._tables:
             source = RowSource(self.kind, str(table), self.config, (table_part(table),))
             for record in source:
-                path = record.path or table
+                path = _absolute(record.path or table)
                 named.add(path)
-                inside = path.is_relative_to(self.root)
+                inside = path.is_relative_to(root)
                 yield Record(
-                    name=path.relative_to(self.root).as_posix() if inside and record.path else record.name,
+                    name=path.relative_to(root).as_posix() if inside and record.path else record.name,
                     load=record.load,
                     captions=record.captions,
                     split=record.split or (splits.split(path) if inside and record.path else None),
@@ -156,8 +158,13 @@ class MetadataFolder:
                 )
         for path in pictures:
             if path not in named:
-                name = path.relative_to(self.root).as_posix()
+                name = path.relative_to(root).as_posix()
                 yield Record(name, path_record(name, path, (), None, self.config).load, (), splits.split(path))
+
+
+def _absolute(path: Path) -> Path:
+    """The path in full and without "..", links left as they are: a table may name a file in other words than a walk."""
+    return Path(os.path.abspath(path))
 
 
 def read_text(path: Path) -> str:
