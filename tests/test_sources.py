@@ -110,6 +110,12 @@ def test_class_folders_below_split_folders(tmp_path: Path) -> None:
     }
 
 
+def test_a_long_line_of_text_beside_class_folders_is_no_table(tmp_path: Path) -> None:
+    put(tmp_path / "red_apple" / "1.png", "red")
+    (tmp_path / "log.txt").write_text("word " * 50_000)
+    assert read(tmp_path) == {"red_apple/1.png": ("red", ("red apple",), None)}
+
+
 def test_pictures_alone_are_uncaptioned(tmp_path: Path) -> None:
     put(tmp_path / "test_of_red.png", "red")
     assert kind(tmp_path) == "pictures without captions"
@@ -306,6 +312,29 @@ def test_coco_captions_find_their_pictures_and_splits(tmp_path: Path) -> None:
         ("000002.png", "validation"),
     ]
     assert [colour_of(record.load()) for record in both] == ["red", "green", "blue", "green"]
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation", "message"),
+    [
+        ({"id": 1, "coco_url": "a.png"}, {"image_id": 1, "caption": "red"}, "images have no file_name"),
+        ({"id": 1, "file_name": "a.png"}, {"image": 1, "caption": "red"}, "annotations have no image_id"),
+    ],
+)
+def test_coco_captions_without_what_joins_them_are_named(
+    tmp_path: Path, image: dict[str, Any], annotation: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "captions_val.json"
+    path.write_text(json.dumps({"images": [image], "annotations": [annotation]}))
+    with pytest.raises(ValueError, match=rf"captions_val\.json: its {message}"):
+        read(path)
+
+
+def test_coco_captions_may_be_numbers(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    tree = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": 7}]}
+    (tmp_path / "captions.json").write_text(json.dumps(tree))
+    assert read(tmp_path) == {"a.png": ("red", ("7",), None)}
 
 
 def test_parquet_with_bytes_or_with_paths(tmp_path: Path) -> None:

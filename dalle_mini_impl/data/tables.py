@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.columns import IMAGE_NAMES, looks_like_picture, split_in, text_encoding
+from dalle_mini_impl.data.columns import IMAGE_NAMES, captions_of, looks_like_picture, split_in, text_encoding
 from dalle_mini_impl.data.records import Record, Split
 from dalle_mini_impl.data.rows import Part, RowSource, find_picture, load_rows, path_record, picture_folders
 
@@ -49,7 +49,7 @@ def is_text_table(path: Path) -> bool:
     """Whether a .txt file is a CSV or TSV with a header, as Flickr8k's captions.txt."""
     try:
         sheet = _sheet(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):  # csv.Error: a line longer than a cell may be
         return False
     return (
         len(sheet.columns) > 1 and sheet.header and any(name.strip().lower() in IMAGE_NAMES for name in sheet.columns)
@@ -188,12 +188,22 @@ class CocoSource:
         split = split_in(path.name)
         folders = _coco_folders(path)
         captions: dict[str, list[str]] = {}
-        for row in load_rows("json", [str(path)], field="annotations"):
-            captions.setdefault(str(row["image_id"]), []).append(row["caption"] or "")
-        for row in load_rows("json", [str(path)], field="images"):
+        for row in _coco_rows(path, "annotations", ("image_id", "caption")):
+            texts = [""] if row["caption"] is None else captions_of(row["caption"])
+            captions.setdefault(str(row["image_id"]), []).extend(texts)
+        for row in _coco_rows(path, "images", ("id", "file_name")):
             name = str(row["file_name"])
             found = find_picture(name, folders)
             yield path_record(name, found, tuple(captions.get(str(row["id"]), ())), split, self.config)
+
+
+def _coco_rows(path: Path, field: str, keys: tuple[str, ...]) -> Iterator[Any]:
+    """The objects of one of the lists; raises ValueError where they lack a key."""
+    for row in load_rows("json", [str(path)], field=field):
+        missing = [key for key in keys if key not in row]
+        if missing:
+            raise ValueError(f"{path}: its {field} have no {' and no '.join(missing)}, which COCO captions need")
+        yield row
 
 
 def _coco_folders(path: Path) -> tuple[Path, ...]:
