@@ -267,6 +267,17 @@ def test_jsonl_with_one_or_several_or_no_captions(tmp_path: Path) -> None:
     }
 
 
+def test_a_first_row_without_its_picture_changes_nothing_for_the_others(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "red")
+    rows = [(None, "nothing"), ("a.png", "red"), ("a.png", "a red square")]
+    path = write_lines(tmp_path / "set.jsonl", *(json.dumps({"image": image, "text": text}) for image, text in rows))
+    assert read(path) == {
+        "set.jsonl row 0 without a path": ("unreadable", ("nothing",), None),
+        "a.png": ("red", ("red", "a red square"), None),
+    }
+    assert next(record.path for record in open_source(str(path), CONFIG) if record.name == "a.png")
+
+
 def test_json_list_and_list_inside_an_object(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "red")
     rows = [{"filename": "a.png", "sentences": [{"raw": "one"}, {"raw": "two"}], "split": "restval"}]

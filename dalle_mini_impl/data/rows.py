@@ -110,7 +110,8 @@ def _part_records(part: Part, config: DataConfig) -> Iterator[Record]:
         return
     columns = find_columns(first, features, config, part.label)
     rest = chain([first], iterator)
-    if isinstance(first[columns.image], str):
+    feature = (features or {}).get(columns.image)
+    if isinstance(first[columns.image], str) or getattr(feature, "dtype", None) in ("string", "large_string"):
         yield from _grouped(part, rest, columns, features, config)
         return
 
