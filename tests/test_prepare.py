@@ -269,6 +269,14 @@ def test_zero_fraction_holds_nothing_out() -> None:
     assert set(assign_splits([None] * 50, digests(50), 0.0)[0]) == {"train"}
 
 
+def test_pictures_of_forms_that_cant_be_read_are_named(tmp_path: Path) -> None:
+    root = folder_of_pictures(tmp_path / "in", "a")
+    for name in ("b.HEIC", "c.jxl"):
+        (root / name).write_bytes(b"a form without a reader")
+    data = prepare(str(root), CONFIG, tmp_path / "data")
+    assert data.report["skipped"]["unreadable"]["names"] == ["b.HEIC", "c.jxl"]
+
+
 def test_report_is_written_and_complete(tmp_path: Path) -> None:
     root = folder_of_pictures(tmp_path / "in", "a", "b", "c")
     (root / "c.txt").unlink()

@@ -18,9 +18,9 @@ from dalle_mini_impl.config import DataConfig
 Reason = Literal["unreadable", "bomb", "tiny", "empty_caption"]
 Fit = Literal["crop", "pad", "stretch"]
 
-_ENDINGS = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 avif tga ico"
+_ENDINGS = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 avif tga ico heic heif jxl"
 EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
-"""File name endings, in lower case, that mark a picture."""
+"""File name endings, in lower case, that mark a picture; one that Pillow can't read without a plugin is told of."""
 
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
