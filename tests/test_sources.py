@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,23 @@ def test_endings_of_texts_may_be_in_capitals(tmp_path: Path) -> None:
     put(tmp_path / "b.png", "blue")
     write_lines(tmp_path / "b.txt", "blue")
     assert read(tmp_path) == {"A.PNG": ("red", ("red",), None), "b.png": ("blue", ("blue",), None)}
+
+
+def test_a_folder_that_may_not_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "red" / "a.png", "red")
+    closed = put(tmp_path / "blue" / "b.png", "blue").parent
+    scandir = os.scandir
+
+    def refuse(place: Any) -> Any:
+        if Path(place) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert read(tmp_path) == {"red/a.png": ("red", ("red",), None)}
+    assert f"{closed} can't be read (Permission denied)" in caplog.text
 
 
 def test_split_folders_are_honoured_but_a_class_called_train_is_no_split(tmp_path: Path) -> None:

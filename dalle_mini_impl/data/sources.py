@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dalle_mini_impl.config import DataConfig
@@ -18,6 +19,8 @@ from dalle_mini_impl.data.made import MADE, open_made, probe
 from dalle_mini_impl.data.records import Source
 from dalle_mini_impl.data.shards import ShardSource, expand_shards
 from dalle_mini_impl.data.tables import TABLES, CocoSource, is_coco, is_text_table, table_source
+
+logger = logging.getLogger("dalle_mini_impl.data")
 
 FORMS = """accepted are
   a folder of pictures with captions in x.txt beside x.jpg, in metadata.csv|jsonl|parquet, or in the folders' names;
@@ -69,7 +72,7 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
     """A folder: the most explicit statement of captions in it wins."""
     if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return saved_source(root, config)
-    files = tuple(walk(root))
+    files = tuple(walk(root, _say_left_out))
     pictures = [path for path in files if is_picture(path)]
     coco = [path for path in files if _may_be_coco(path, root) and is_coco(path)]
     if coco:
@@ -91,6 +94,10 @@ def _open_folder(root: Path, config: DataConfig) -> Source:
     if pictures:
         return PictureFolder(root, files, config)
     raise ValueError(f"--data {root} holds no captioned pictures: {_inventory(files)}; {FORMS}")
+
+
+def _say_left_out(error: OSError) -> None:
+    logger.warning("%s can't be read (%s): what lies in it is left out", error.filename, error.strerror)
 
 
 def _may_be_coco(path: Path, root: Path) -> bool:
@@ -141,13 +148,16 @@ def files_key(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """Every file below a folder, or the file itself, in a fixed order; hidden ones and macOS' copies left out."""
+def walk(root: Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Every file below a folder, or the file itself, in a fixed order; hidden ones and macOS' copies left out.
+
+    on_error: is told of folders that can't be read.
+    """
     if not root.is_dir():
         yield root
         return
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=on_error, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         if os.path.realpath(folder) in seen:  # links that lead round in a circle
             folders.clear()
