@@ -244,6 +244,23 @@ def test_unquoted_commas_are_explained(tmp_path: Path) -> None:
             read(write_lines(tmp_path / "first.csv", header, row, "a.png,red"))
 
 
+def test_a_quote_that_runs_over_other_rows_is_told(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "green"), ("d", "grey")):
+        put(tmp_path / f"{name}.png", colour)
+    rows = ["image\tcaption", "a.png\ta red", 'b.png\t"blue', "c.png\tgreen", 'd.png\t"grey"']
+    assert read(write_lines(tmp_path / "set.tsv", *rows)) == {
+        "a.png": ("red", ("a red",), None),
+        "b.png": ("unreadable", (), None),
+    }
+    (record,) = (record for record in open_source(str(tmp_path / "set.tsv"), CONFIG) if record.name == "b.png")
+    with pytest.raises(PictureError, match="is closed 2 rows later, which are lost"):
+        record.load()
+    with pytest.raises(ValueError, match="never closed"):
+        read(write_lines(tmp_path / "set.tsv", *rows[:4]))
+    two_lines = ('b.png\t"one line, of two', 'and a ""second"", of them"')
+    assert read(write_lines(tmp_path / "set.tsv", *rows[:2], *two_lines))["b.png"][0] == "blue"
+
+
 def test_rows_longer_than_their_header_keep_their_columns(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "red")
     put(tmp_path / "b.png", "blue")

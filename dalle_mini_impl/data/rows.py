@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from dalle_mini_impl.config import DataConfig
-from dalle_mini_impl.data.columns import Columns, captions_of, find_columns, split_of
+from dalle_mini_impl.data.columns import Columns, captions_of, find_columns, looks_like_picture, split_of
 from dalle_mini_impl.data.pictures import PictureError, open_picture
 from dalle_mini_impl.data.records import Record, Split, broken, unbroken
 
@@ -105,6 +106,7 @@ def _part_records(part: Part, config: DataConfig) -> Iterator[Record]:
         first = next(iterator, None)
     except Exception as error:  # each reader has its own: pyarrow's, pandas', json's …
         hint = " (a caption with the delimiter in it needs quotes)" if "tokenizing" in str(error) else ""
+        hint = " (a quote that a cell begins with is never closed)" if "EOF inside string" in str(error) else hint
         raise ValueError(f"can't read {part.label}: {type(error).__name__}: {str(error).strip()}{hint}") from error
     if first is None:
         return
@@ -159,13 +161,24 @@ def _grouped(
     try:
         for count, row in enumerate(rows, start=1):
             name = str(row[columns.image] or f"{part.label} row {count - 1} without a path")
-            captions.setdefault(name, []).extend(_captions(row, columns, features))
+            found = _captions(row, columns, features)
+            if swallowed := sum(map(_rows_in, found)):
+                detail = f"a quote in its row is closed {swallowed} rows later, which are lost: close it, or double it"
+                problems.append(broken(name, detail))
+                continue
+            captions.setdefault(name, []).extend(found)
             splits.setdefault(name, _split(row, columns, part))
     except Exception as error:
-        problems = [broken(f"{part.label}: everything after record {count}", f"{type(error).__name__}: {error}")]
+        problems.append(broken(f"{part.label}: everything after record {count}", f"{type(error).__name__}: {error}"))
     for name, texts in captions.items():
         yield path_record(name, find_picture(name, part.folders), tuple(texts), splits[name], config)
     yield from problems
+
+
+def _rows_in(caption: str) -> int:
+    """How many rows of a table of paths a caption has in it: lines of several cells, one of them a picture's path."""
+    lines = (re.split(r"[,;|\t]", line) for line in caption.splitlines()[1:])
+    return sum(len(cells) > 1 and any(looks_like_picture(cell.strip()) for cell in cells) for cells in lines)
 
 
 def _captions(row: Row, columns: Columns, features: Mapping[str, Any] | None) -> tuple[str, ...]:
