@@ -405,6 +405,21 @@ def test_parquet_with_bytes_or_with_paths(tmp_path: Path) -> None:
 # --- data sets and shards
 
 
+def test_a_column_of_lists_of_pictures_gives_the_first_of_each(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Image, List, Value
+
+    broken = {"bytes": b"no picture", "path": None}
+    rows = [([embedded("red"), embedded("blue")], "red"), ([broken], "broken"), ([embedded("green")], "green")]
+    features = Features({"text": Value("string"), "images": List(Image())})
+    table = Dataset.from_list([{"images": images, "text": text} for images, text in rows], features=features)
+    table.to_parquet(tmp_path / "set.parquet")
+    assert read(tmp_path / "set.parquet") == {
+        "set.parquet row 0": ("red", ("red",), None),
+        "set.parquet row 1": ("unreadable", ("broken",), None),
+        "set.parquet row 2": ("green", ("green",), None),
+    }
+
+
 def test_saved_data_set_with_splits_and_class_labels(tmp_path: Path) -> None:
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 

@@ -148,7 +148,8 @@ def looks_like_picture(value: Any) -> bool:
 
 def _find_image(row: Mapping[str, Any], features: Mapping[str, Any] | None) -> str | None:
     """By type, else by a known name with a fitting value, else by the value alone, else by the name alone."""
-    typed = [name for name in row if type((features or {}).get(name)).__name__ == "Image"]
+    kinds = {name: getattr(feature, "feature", feature) for name, feature in (features or {}).items()}
+    typed = [name for name in row if type(kinds.get(name)).__name__ == "Image"]
     ranked = sorted((name for name in row if _plain(name) in IMAGE_NAMES), key=lambda n: IMAGE_NAMES.index(_plain(n)))
     fitting = [name for name in ranked if looks_like_picture(row[name])]
     by_value = [name for name in row if looks_like_picture(row[name])]

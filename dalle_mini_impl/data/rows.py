@@ -61,10 +61,13 @@ def load_rows(reader: str, files: list[str], **options: Any) -> Any:
 def undecoded(rows: Any) -> Any:
     """A `datasets` object whose picture columns yield their bytes or paths, so that a broken one can't raise in it."""
     from datasets import Image as ImageFeature
+    from datasets import List
 
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, ImageFeature):
             rows = rows.cast_column(name, ImageFeature(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, ImageFeature):
+            rows = rows.cast_column(name, List(ImageFeature(decode=False)))
     return rows
 
 
