@@ -516,6 +516,13 @@ def test_pictures_that_are_skipped_and_too_few_captions_are_told_before_anything
     assert f"1 of 2 pictures are skipped (1 unreadable); {out / 'data-report.json'} names them" in caplog.text
 
 
+def test_a_held_out_picture_that_is_also_trained_on_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures_in(tmp_path / "in" / "train", 3)
+    pictures_in(tmp_path / "in" / "val", 1)
+    assert train(recipe(steps=1), str(tmp_path / "in"), tmp_path / "run", stages=["vae"])
+    assert "1 pictures have the very pixels of one in another split" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["{", '{"recipf": {}, "data": "shapes", "init_from": null}', "[]"])
 def test_a_damaged_note_is_named(finished: Path, tmp_path: Path, text: str) -> None:
     out = tmp_path / "run"

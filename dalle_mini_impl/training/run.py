@@ -239,6 +239,12 @@ class Run:
                 listed,
                 self.out / "data-report.json",
             )
+        if report["duplicates_across_splits"]:
+            logger.warning(
+                "%d pictures have the very pixels of one in another split, as the source states them: what is measured "
+                "on held-out pictures looks better than it is",
+                report["duplicates_across_splits"],
+            )
         if not len(self.data.validation):
             logger.warning("no picture is held out: evaluations use training pictures and don't show overfitting")
 
