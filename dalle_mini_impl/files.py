@@ -90,7 +90,14 @@ def flush(path: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder and tries whether files can be written there; raises OSError that names it where they can't."""
+    """Makes a folder and tries whether files can be written there; raises OSError that names it where they can't.
+
+    Raises ValueError for a name that is no text: safetensors takes no other.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{folder} has bytes in its name that are no UTF-8: choose another name") from None
     probe = folder / f".{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -364,6 +364,9 @@ def test_names_that_are_no_utf8_are_written_as_they_can_be(tmp_path: Path) -> No
     assert tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))["name"] == "tiny"
     MetricsLog(out / "metrics.jsonl").write({"stage": "vae", "pictures": [latin]})
     assert lines(out, "vae")[-1]["pictures"] == [latin]
+    with pytest.raises(ValueError, match="no UTF-8: choose another name"):
+        train(recipe(steps=1), str(folder), tmp_path / latin[:3] / f"run {latin}", stages=["vae"])
+    assert not (tmp_path / latin[:3]).exists(), "it was told before anything was done"
 
 
 def test_a_budget_replaces_the_steps(tmp_path: Path) -> None:
@@ -514,6 +517,15 @@ def test_pictures_that_are_skipped_and_too_few_captions_are_told_before_anything
     assert recipe(remedy).train.stages == ("vae", "dalle")
     assert train(recipe(), str(folder), out, stages=["vae"])
     assert f"1 of 2 pictures are skipped (1 unreadable); {out / 'data-report.json'} names them" in caplog.text
+
+
+def test_pictures_without_any_caption_say_what_to_do(tmp_path: Path) -> None:
+    for text in pictures_in(tmp_path / "in", 3).glob("*.txt"):
+        text.unlink()
+    with pytest.raises(ValueError, match=r"none of the 2 training pictures of .* has a caption.* write x\.txt"):
+        train(recipe(), str(tmp_path / "in"), tmp_path / "run", stages=["vae"])
+    with pytest.raises(ValueError, match=r"the data has 0: write x\.txt"):
+        train(recipe(), str(tmp_path / "in"), tmp_path / "run")
 
 
 def test_a_held_out_picture_that_is_also_trained_on_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -293,7 +293,10 @@ class Run:
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))
             bundle = Bundle(recipe=self.recipe, tokenizer=tokenizer, stream=stream)
         else:
-            raise ValueError(f"{self.data_spec} has no captions in its training split: there is no text to learn")
+            raise ValueError(
+                f"none of the {len(self.data.train)} training pictures of {self.data_spec} has a caption, so there is "
+                f"no text to learn: write x.txt beside x.jpg, or choose another form (docs/data.md)"
+            )
         num_cut = bundle.tokenizer.num_cut(captions, bundle.stream.text_length)
         if num_cut:
             logger.info("%d of %d captions are cut to %d slots", num_cut, len(captions), bundle.stream.text_length)

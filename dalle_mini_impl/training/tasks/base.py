@@ -57,8 +57,8 @@ def check_captioned(stage: Stage, indices: Indices) -> None:
     if len(indices) < 2:
         without = "dalle.image_prefix=0" if stage == "prior" else 'train.stages=["vae","dalle"]'
         raise ValueError(
-            f"{stage} needs at least 2 captioned training pictures; the data has {len(indices)}: give it more, or "
-            f"train without {stage}: --set '{without}'"
+            f"{stage} needs at least 2 captioned training pictures; the data has {len(indices)}: write x.txt beside "
+            f"x.jpg, or choose another form (docs/data.md), or train without {stage}: --set '{without}'"
         )
 
 
