@@ -319,8 +319,9 @@ def test_json_list_and_list_inside_an_object(tmp_path: Path) -> None:
     rows = [{"filename": "a.png", "sentences": [{"raw": "one"}, {"raw": "two"}], "split": "restval"}]
     for name, tree in (("list", rows), ("object", {"dataset": "mine", "images": rows})):
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(tree))
-        assert read(path) == {"a.png": ("red", ("one", "two"), "train")}
+        for encoding in ("utf-8", "utf-8-sig"):
+            path.write_text(json.dumps(tree), encoding=encoding)
+            assert read(path) == {"a.png": ("red", ("one", "two"), "train")}
 
 
 def test_tables_of_several_splits_in_a_folder(tmp_path: Path) -> None:
@@ -380,7 +381,7 @@ def test_coco_captions_without_what_joins_them_are_named(
 def test_coco_captions_may_be_numbers(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "red")
     tree = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": 7}]}
-    (tmp_path / "captions.json").write_text(json.dumps(tree))
+    (tmp_path / "captions.json").write_text(json.dumps(tree), encoding="utf-8-sig")
     assert read(tmp_path) == {"a.png": ("red", ("7",), None)}
 
 

@@ -18,6 +18,7 @@ from dalle_mini_impl.data.rows import Part, RowSource, find_picture, load_rows, 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 """File name endings of tables; a .txt file is one if its first line is a header (`is_text_table`)."""
 
+_JSON_ENCODING = "utf-8-sig"  # with a mark at the beginning or without one
 _DELIMITERS = (",", "\t", ";", "|")
 
 
@@ -138,13 +139,18 @@ def _json_rows(path: Path) -> Any:
     key = None
     if path.suffix.lower() == ".json":
         key = next((key for key, value in _json_object(path).items() if _is_objects(value)), None)
-    return load_rows("json", [str(path)], **({"field": key} if key else {}))
+    return _json_field(path, key) if key else load_rows("json", [str(path)])
+
+
+def _json_field(path: Path, key: str) -> Any:
+    """The objects of a list in a JSON object."""
+    return load_rows("json", [str(path)], field=key, encoding=_JSON_ENCODING)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     """The top of a JSON file if it is one object, {} if it is a list or JSON lines."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding=_JSON_ENCODING) as file:
             tree = json.load(file)
     except (OSError, ValueError):
         return {}
@@ -199,7 +205,7 @@ class CocoSource:
 
 def _coco_rows(path: Path, field: str, keys: tuple[str, ...]) -> Iterator[Any]:
     """The objects of one of the lists; raises ValueError where they lack a key."""
-    for row in load_rows("json", [str(path)], field=field):
+    for row in _json_field(path, field):
         missing = [key for key in keys if key not in row]
         if missing:
             raise ValueError(f"{path}: its {field} have no {' and no '.join(missing)}, which COCO captions need")
