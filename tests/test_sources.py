@@ -242,6 +242,9 @@ def test_unquoted_commas_are_explained(tmp_path: Path) -> None:
     for header, row in (("image,caption", "a.png,red, square, large"), ("id,image,caption", "7,a.png,red, square")):
         with pytest.raises(ValueError, match=r"can't read first\.csv.*cells, the header.*needs quotes"):
             read(write_lines(tmp_path / "first.csv", header, row, "a.png,red"))
+    rows = ["a.png,red"] * 12_000
+    with pytest.raises(ValueError, match=r"can't read late\.csv after its first 10,000 rows.*line 12002.*needs quotes"):
+        read(write_lines(tmp_path / "late.csv", "image,caption", *rows, "a.png,red, square", *rows))
 
 
 def test_a_quote_that_runs_over_other_rows_is_told(tmp_path: Path) -> None:

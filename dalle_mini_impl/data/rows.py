@@ -108,9 +108,7 @@ def _part_records(part: Part, config: DataConfig) -> Iterator[Record]:
         iterator = iter(rows)
         first = next(iterator, None)
     except Exception as error:  # each reader has its own: pyarrow's, pandas', json's …
-        hint = " (a caption with the delimiter in it needs quotes)" if "tokenizing" in str(error) else ""
-        hint = " (a quote that a cell begins with is never closed)" if "EOF inside string" in str(error) else hint
-        raise ValueError(f"can't read {part.label}: {type(error).__name__}: {str(error).strip()}{hint}") from error
+        raise ValueError(_why_unreadable(part.label, error)) from error
     if first is None:
         return
     columns = find_columns(first, features, config, part.label)
@@ -122,6 +120,12 @@ def _part_records(part: Part, config: DataConfig) -> Iterator[Record]:
 
     records = (_row_record(part, index, row, columns, features, config) for index, row in enumerate(rest))
     yield from unbroken(records, part.label)
+
+
+def _why_unreadable(where: str, error: Exception) -> str:
+    hint = " (a caption with the delimiter in it needs quotes)" if "tokenizing" in str(error) else ""
+    hint = " (a quote that a cell begins with is never closed)" if "EOF inside string" in str(error) else hint
+    return f"can't read {where}: {type(error).__name__}: {str(error).strip()}{hint}"
 
 
 def _row_record(
@@ -156,7 +160,11 @@ def _open_cell(value: Any, folders: tuple[Path, ...], config: DataConfig) -> Ima
 def _grouped(
     part: Part, rows: Iterable[Row], columns: Columns, features: Mapping[str, Any] | None, config: DataConfig
 ) -> Iterator[Record]:
-    """A record a path: tables with a row for each caption name the same picture several times."""
+    """A record a path: tables with a row for each caption name the same picture several times.
+
+    Raises ValueError where they can't be read to the end, however late: one comma too many is easily mended, and would
+    cost most of a long table.
+    """
     captions: dict[str, list[str]] = {}
     splits: dict[str, Split | None] = {}
     problems: list[Record] = []
@@ -172,7 +180,7 @@ def _grouped(
             captions.setdefault(name, []).extend(found)
             splits.setdefault(name, _split(row, columns, part))
     except Exception as error:
-        problems.append(broken(f"{part.label}: everything after record {count}", f"{type(error).__name__}: {error}"))
+        raise ValueError(_why_unreadable(f"{part.label} after its first {count:,} rows", error)) from error
     for name, texts in captions.items():
         yield path_record(name, find_picture(name, part.folders), tuple(texts), splits[name], config)
     yield from problems
