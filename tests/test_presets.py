@@ -212,3 +212,12 @@ def test_a_file_and_a_preset_exclude_each_other(tmp_path: Path, capfd: pytest.Ca
     base = ["--data", "shapes:count=30", "--out", str(tmp_path / "run"), "--config", "configs/shapes.toml"]
     assert run(*base, "--preset", "auto") == 2
     assert "--config and --preset both name a recipe" in capfd.readouterr().err
+
+
+def test_the_built_in_recipe_is_no_other_runs(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = ["--data", str(folder), "--out", str(tmp_path / "run"), "--stage", "vae", "--preset", "built-in"]
+    own = ["--set", "train.vae.steps=1", "--set", "vae.width=8", "--set", "data.image_size=32"]
+    assert run(*base, *own) == 0
+    assert run(*base, *own) == 0, "the same command goes on"
+    assert run(*base) == 2
+    assert "holds another run (data.image_size was 32, now 64" in capfd.readouterr().err

@@ -129,16 +129,16 @@ def _say_stopped(is_main: bool, out: Path) -> None:
 def _recipe(
     out: Path, config: Path | None, init_from: str | None, preset: PresetName | None, overrides: list[str]
 ) -> Recipe | None:
-    """The recipe of --config, else that the run began with, else of --init-from, with overrides; None: choose one."""
+    """The recipe that is named, else that the run began with, else of --init-from, with overrides; None: choose one."""
     if config is not None:
         return Recipe.from_toml(config, overrides)
     note = out / "run.json"
-    if note.is_file():
-        base: Mapping[str, Any] = read_note(note)["recipe"]
+    if preset is PresetName.built_in:
+        base: Mapping[str, Any] = {}
+    elif note.is_file():
+        base = read_note(note)["recipe"]
     elif init_from is not None and preset is None:
         base = load_bundle(init_from).recipe.model_dump(mode="json")
-    elif preset is PresetName.built_in:
-        base = {}
     else:
         Recipe.parse({}, overrides, where="--set")  # a mistake is told before the data are looked at
         return None
