@@ -442,6 +442,19 @@ def test_saved_data_set_with_splits_and_class_labels(tmp_path: Path) -> None:
     assert read(tmp_path / "one") == {"rows row 0": ("blue", ("blue thing",), None)}
 
 
+def test_saved_data_sets_that_are_damaged_or_none_are_told_apart(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    put(tmp_path / "pictures" / "a.png", "red")
+    write_lines(tmp_path / "pictures" / "a.txt", "red")
+    write_lines(tmp_path / "pictures" / "state.json", "{}")
+    assert read(tmp_path / "pictures") == {"a.png": ("red", ("red",), None)}
+    Dataset.from_dict({"image": ["a.png"]}).save_to_disk(tmp_path / "saved")
+    write_lines(tmp_path / "saved" / "state.json", "{")
+    with pytest.raises(ValueError, match=r"can't open the saved data set .*saved: JSONDecodeError"):
+        read(tmp_path / "saved")
+
+
 def test_folder_of_parquet_shards_as_downloaded_from_the_hub(tmp_path: Path) -> None:
     from datasets import Dataset, Image
 

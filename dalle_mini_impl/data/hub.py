@@ -11,11 +11,23 @@ from dalle_mini_impl.data.columns import split_in
 from dalle_mini_impl.data.rows import Part, RowSource, undecoded
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder: other programs, too, call a file state.json."""
+    both = ("state.json", "dataset_info.json")
+    return (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in both)
+
+
 def saved_source(folder: Path, config: DataConfig) -> RowSource:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote.
+
+    Raises ValueError where it can't be opened, with the library's reason.
+    """
     from datasets import DatasetDict, load_from_disk
 
-    found = load_from_disk(str(folder))
+    try:
+        found = load_from_disk(str(folder))
+    except Exception as error:  # the library's, pyarrow's, json's …
+        raise ValueError(f"can't open the saved data set {folder}: {type(error).__name__}: {error}") from error
     splits = dict(found) if isinstance(found, DatasetDict) else {"rows": found}
     return _source("Hugging Face data set (save_to_disk)", str(folder), splits, config, (folder,))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from dalle_mini_impl.config import DataConfig
 from dalle_mini_impl.data.columns import split_in
 from dalle_mini_impl.data.folders import METADATA, MetadataFolder, PictureFolder, has_own_text, is_picture, texts_in
-from dalle_mini_impl.data.hub import loadable_source, saved_source
+from dalle_mini_impl.data.hub import is_saved, loadable_source, saved_source
 from dalle_mini_impl.data.made import MADE, open_made, probe
 from dalle_mini_impl.data.records import Source
 from dalle_mini_impl.data.shards import ShardSource, expand_shards
@@ -70,7 +70,7 @@ def _open_file(path: Path, config: DataConfig) -> Source:
 
 def _open_folder(root: Path, config: DataConfig) -> Source:
     """A folder: the most explicit statement of captions in it wins."""
-    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+    if is_saved(root):
         return saved_source(root, config)
     files = tuple(walk(root, _say_left_out))
     pictures = [path for path in files if is_picture(path)]
