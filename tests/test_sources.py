@@ -571,6 +571,20 @@ def test_fields_of_shards_can_be_named(tmp_path: Path) -> None:
         assert read(tmp_path, CONFIG.model_copy(update=named)) == {"s.tar/0": expected}
 
 
+def test_addresses_that_nothing_installed_reads_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_filesystem_class(protocol: str) -> type:
+        if protocol == "file":
+            return object
+        raise ImportError(f"{protocol} needs a package")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", get_filesystem_class)
+    with pytest.raises(ValueError, match=r"https:// can't be read \(https needs a package\): pip install 'fsspec"):
+        open_source("https://example.org/{0..1}.tar", CONFIG)
+    with pytest.raises(ValueError, match=r"s3:// can't be read .*: install it, or copy the shards"):
+        open_source("s3://mine/0.tar", CONFIG)
+    assert kind("file:///mine/0.tar") == "WebDataset shards"
+
+
 def test_a_shard_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:
     for index, colour in enumerate(("red", "green", "blue")):
         tar(tmp_path / "train" / f"{index}.tar", {f"{n}.png": encoded(picture(colour)) for n in range(3)})

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -46,6 +46,18 @@ def expand_shards(pattern: str) -> list[str]:
         choices = found[1].split(",")
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [shard for choice in choices for shard in expand_shards(before + choice + after)]
+
+
+def check_protocols(shards: Iterable[str]) -> None:
+    """Raises ValueError where what reads one of the shards' addresses isn't installed, with what is missing."""
+    from fsspec import get_filesystem_class
+
+    for protocol in sorted({shard.partition("://")[0] for shard in shards if "://" in shard}):
+        try:
+            get_filesystem_class(protocol)
+        except (ImportError, ValueError) as error:
+            remedy = "pip install 'fsspec[http]'" if protocol in ("http", "https") else "install it, or copy the shards"
+            raise ValueError(f"shards at {protocol}:// can't be read ({error}): {remedy}") from None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dalle_mini_impl.data.folders import METADATA, MetadataFolder, PictureFolder
 from dalle_mini_impl.data.hub import is_saved, loadable_source, saved_source
 from dalle_mini_impl.data.made import MADE, open_made, probe
 from dalle_mini_impl.data.records import Source
-from dalle_mini_impl.data.shards import ShardSource, expand_shards
+from dalle_mini_impl.data.shards import ShardSource, check_protocols, expand_shards
 from dalle_mini_impl.data.tables import TABLES, CocoSource, is_coco, is_text_table, table_source
 
 logger = logging.getLogger("dalle_mini_impl.data")
@@ -46,6 +46,7 @@ def open_source(spec: str, config: DataConfig) -> Source:
     if re.search(r"\.tar(\.gz)?$", spec):
         shards = expand_shards(str(path) if "://" not in spec else spec)
         if shards and all("://" in shard or Path(shard).is_file() for shard in shards):
+            check_protocols(shards)
             return ShardSource(tuple(shards), config)
         missing = next((shard for shard in shards if "://" not in shard and not Path(shard).is_file()), spec)
         raise ValueError(f"--data {spec!r}: there is no shard {missing}")
