@@ -19,17 +19,15 @@ from accelerate import Accelerator
 from dalle_mini_impl.bench.ablate import (
     JUDGED,
     Ablation,
-    arm_folder,
     judged,
     judging,
-    read_plan,
-    read_recipes,
     share_out,
     table,
 )
 from dalle_mini_impl.bench.ablate import main as ablate
 from dalle_mini_impl.bench.base_run import begin_from, check_base, shared_stages
 from dalle_mini_impl.bench.law import read_runs
+from dalle_mini_impl.bench.plan import arm_folder, read_plan, read_recipes
 from dalle_mini_impl.cli.app import main
 from dalle_mini_impl.config import STAGES, Recipe, Stage
 from dalle_mini_impl.data.array_cache import Workers, build_array

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dalle_mini_impl.bench import law as module
-from dalle_mini_impl.bench.ablate import arm_folder, read_plan
 from dalle_mini_impl.bench.law import FEWEST_RUNS, Law, SizedRun, fit, left_out, num_parameters, read_runs
+from dalle_mini_impl.bench.plan import arm_folder, read_plan
 from dalle_mini_impl.config import DALLEConfig, Recipe
 from dalle_mini_impl.data.survey import Survey
 from dalle_mini_impl.training.presets import Hardware, choose

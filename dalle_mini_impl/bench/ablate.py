@@ -22,12 +22,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +35,10 @@ from typing import Annotated, Any
 import typer
 
 from dalle_mini_impl.bench.base_run import begin_from, check_base, shared_stages
+from dalle_mini_impl.bench.plan import Settings, arm_folder, read_plan, read_recipes, read_results
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training.recipes import differences, in_words
 
-Settings = list[str]
 JUDGED: dict[Stage, tuple[str, ...]] = {
     "vae": ("psnr", "perplexity"),
     "clip": ("text_to_image_recall_at_1",),
@@ -51,61 +49,6 @@ JUDGED: dict[Stage, tuple[str, ...]] = {
     "upscale": ("psnr", "psnr_resized"),
 }
 """What the last evaluation of each stage that an arm trained is kept of."""
-
-
-def read_plan(path: Path) -> dict[str, Settings]:
-    """The arms of a plan; ValueError where it has none, an arm is no list of texts, or has no folder for itself."""
-    arms = tomllib.loads(path.read_text(encoding="utf-8")).get("arms", {})
-    if not arms:
-        raise ValueError(f'{path} has no arms: write [arms] and a line like "batch 32" = ["train.dalle.batch_size=32"]')
-    for name, settings in arms.items():
-        if not isinstance(settings, list) or not all(isinstance(item, str) for item in settings):
-            raise ValueError(f'{path}: arm {name!r} is {settings!r}; it must be a list like ["dalle.layers=4"]')
-    _check_folders(path, arms)
-    return dict(arms)
-
-
-def _check_folders(path: Path, arms: Iterable[str]) -> None:
-    """Raises ValueError where an arm of a plan has no run folder, or that of another one."""
-    owners: dict[Path, str] = {}
-    for name in arms:
-        folder = arm_folder(Path(), name)
-        if name in ("", ".", ".."):
-            raise ValueError(f"{path}: arm {name!r} has no folder of its own: give it another name")
-        if folder in owners:
-            raise ValueError(
-                f"{path}: arms {owners[folder]!r} and {name!r} would train in the same folder, {folder}: name one "
-                f"of them so that letters, digits or one of . = - differ"
-            )
-        owners[folder] = name
-
-
-def read_recipes(path: Path) -> dict[str, Path]:
-    """The arms of a plan that have a recipe of their own; ValueError where there is no such arm or recipe."""
-    plan = tomllib.loads(path.read_text(encoding="utf-8"))
-    recipes = {name: path.parent / recipe for name, recipe in plan.get("recipes", {}).items()}
-    for name, recipe in recipes.items():
-        if name not in plan.get("arms", {}):
-            raise ValueError(f"{path}: recipe of {name!r}, but there is no such arm: give it a line in [arms], too")
-        if not recipe.is_file():
-            raise ValueError(f"{path}: arm {name!r} has no recipe at {recipe}; its path starts beside the plan")
-    return recipes
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results.jsonl. Raises ValueError that names one that is damaged, as a killed ablation's last."""
-    results = []
-    for place, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {place} is damaged ({error}): delete it, to have its arm again") from None
-    return results
-
-
-def arm_folder(out: Path, name: str) -> Path:
-    """The run folder of an arm, in an ablation's."""
-    return out / re.sub(r"[^\w.=-]+", "_", name)
 
 
 class CommandError(RuntimeError):

@@ -20,7 +20,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from dalle_mini_impl.bench.ablate import arm_folder, read_results
+from dalle_mini_impl.bench.plan import arm_folder, read_results
 from dalle_mini_impl.config import DALLEConfig, Recipe
 from dalle_mini_impl.training.budget import format_duration, parse_duration
 
