@@ -15,6 +15,7 @@ from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.budget import parse_duration, process_age_sec
 from dalle_mini_impl.training.recipes import read_note
+from dalle_mini_impl.training.start import MODELS, split_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +64,11 @@ def train(
     stage: Annotated[StageName | None, typer.Option(help="Train this stage only.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     init_from: Annotated[
-        str | None, typer.Option(metavar="CHECKPOINT", help="Start from a checkpoint: NAME, FOLDER or HUB_ID.")
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Start from a checkpoint, NAME, FOLDER or HUB_ID, or models of it: NAME:vae,clip.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key of the recipe.")
@@ -129,7 +134,10 @@ def _say_stopped(is_main: bool, out: Path) -> None:
 def _recipe(
     out: Path, config: Path | None, init_from: str | None, preset: PresetName | None, overrides: list[str]
 ) -> Recipe | None:
-    """The recipe that is named, else that the run began with, else of --init-from, with overrides; None: choose one."""
+    """The recipe that is named, else that the run began with, else of --init-from, with overrides; None: choose one.
+
+    One is chosen, too, where --init-from names some models of a checkpoint: its recipe is of them all.
+    """
     if config is not None:
         return Recipe.from_toml(config, overrides)
     note = out / "run.json"
@@ -137,7 +145,7 @@ def _recipe(
         base: Mapping[str, Any] = {}
     elif note.is_file():
         base = read_note(note)["recipe"]
-    elif init_from is not None and preset is None:
+    elif init_from is not None and preset is None and split_start(init_from)[1] == MODELS:
         base = load_bundle(init_from).recipe.model_dump(mode="json")
     else:
         Recipe.parse({}, overrides, where="--set")  # a mistake is told before the data are looked at

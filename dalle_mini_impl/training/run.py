@@ -43,6 +43,7 @@ from dalle_mini_impl.training.processes import check_settings, check_shared, kee
 from dalle_mini_impl.training.progress import MetricsLog
 from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged, read_note, with_views
 from dalle_mini_impl.training.stages import asked_for, outdated_by, stage_order
+from dalle_mini_impl.training.start import load_start
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task_builder import TaskBuilder, read_pictures
 from dalle_mini_impl.training.tasks.base import captioned, check_captioned
@@ -78,10 +79,10 @@ def train(
     """Trains the stages that aren't finished yet; True at the end, False when a signal stopped it (its state is saved).
 
     data_spec: anything `open_source` takes. stages: default those that the recipe asks for. init_from: a checkpoint
-    whose tokenizer, architecture and weights the run starts from. budget_sec: wall-clock limit for everything from now
-    on, of which already_sec have passed; a resumed run that is given none keeps to what is left of its own. reasons:
-    lines on why the recipe is as it is, to be kept. track: experiment trackers that get all metrics, too, see
-    `tracking.TRACKERS`; those of the accelerator (log_with) are served as well.
+    whose tokenizer, architecture and weights the run starts from, or models of one, see `load_start`. budget_sec:
+    wall-clock limit for everything from now on, of which already_sec have passed; a resumed run that is given none
+    keeps to what is left of its own. reasons: lines on why the recipe is as it is, to be kept. track: experiment
+    trackers that get all metrics, too, see `tracking.TRACKERS`; those of the accelerator (log_with) are served as well.
     Raises KeyboardInterrupt where a signal came outside of a stage's steps, when nothing was lost that wouldn't be made
     again, and ValueError where `out` belongs to another run, or holds an unfinished stage and resume is False.
     """
@@ -141,7 +142,7 @@ class Run:
         initial = out / "initial"
         self._initial: Bundle | None = None
         if self._init_from is not None:
-            self._initial = load_bundle(initial if (initial / "config.json").is_file() else self._init_from)
+            self._initial = load_bundle(initial) if (initial / "config.json").is_file() else load_start(self._init_from)
             begun = [stage for stage, state in self.states.items() if state.started or state.finished]
             recipe = adopt_architecture(recipe, self._initial, [*stages, *begun])
             self._initial = with_views(self._initial, recipe)
