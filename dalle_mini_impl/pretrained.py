@@ -66,6 +66,11 @@ class Bundle:
     checkpoint_hash: str = "unsaved"
 
     @property
+    def knows_text(self) -> bool:
+        """Whether one of its models was trained on captions, as its tokenizer cuts them."""
+        return any(model is not None for model in (self.clip, self.dalle, self.prior))
+
+    @property
     def embedder(self) -> OwnCLIP | None:
         """Its CLIP as what ranks, classifies, searches and guides; None where there is none."""
         if self.clip is None:

@@ -66,6 +66,18 @@ def test_a_run_trains_the_others_from_nothing_by_its_own_recipe(checkpoint: Path
         train(own, DATA, out, stages=["vae"], init_from=f"{checkpoint}:vae")
 
 
+def test_a_vae_alone_leaves_the_text_to_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    own, out = recipe("text.max_length=40", steps=2), tmp_path / "run"
+    assert train(own, DATA, out, stages=["vae"], init_from=f"{checkpoint}:vae")
+    base, bundle = load_bundle(checkpoint), load_bundle(out)
+    assert bundle.recipe.text.max_length == 40
+    assert bundle.tokenizer.fingerprint != base.tokenizer.fingerprint
+    fresh = tmp_path / "fresh"
+    assert train(own, DATA, fresh, stages=["vae"])
+    assert bundle.tokenizer.fingerprint == load_bundle(fresh).tokenizer.fingerprint
+    assert train(own, DATA, out, stages=["dalle"]), "what it started from is remembered"
+
+
 def test_with_some_models_alone_the_recipe_is_chosen(checkpoint: Path, tmp_path: Path) -> None:
     whole = _recipe(tmp_path / "run", None, str(checkpoint), None, [])
     assert whole is not None and whole.dalle.dim == load_bundle(checkpoint).recipe.dalle.dim

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
+from dalle_mini_impl.config import STAGES, Recipe, Stage
 from dalle_mini_impl.data.sources import resolve_spec
 from dalle_mini_impl.files import read_json
 from dalle_mini_impl.pretrained import Bundle
@@ -98,16 +98,16 @@ def read_note(path: Path, remedy: str | None = None) -> dict[str, Any]:
 def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] = STAGES) -> Recipe:
     """The recipe with the architecture keys of a checkpoint, as fine-tuning needs it.
 
-    Model sections whose model the checkpoint hasn't got stay the recipe's. So do an image_prefix and a reading_share
-    that its DALL·E hasn't got, and a captioner that its CLIP hasn't got: fine-tuning can add them. A reading_share and
-    caption_layers that the recipe itself states are its own in any case: 0 ends reading. A CLIP that isn't among the
-    stages, those of the run so far, stays what it is. Views that its DALL·E doesn't know come after those that it
-    knows. What is taken over against the recipe's word is logged.
+    Model sections whose model the checkpoint hasn't got stay the recipe's, and the text's where none of its models has
+    read any. So do an image_prefix and a reading_share that its DALL·E hasn't got, and a captioner that its CLIP hasn't
+    got: fine-tuning can add them. A reading_share and caption_layers that the recipe itself states are its own in any
+    case: 0 ends reading. A CLIP that isn't among the stages, those of the run so far, stays what it is. Views that its
+    DALL·E doesn't know come after those that it knows. What is taken over against the recipe's word is logged.
     """
     theirs = bundle.recipe
     sections: dict[str, Any] = {}
     for section, keys in ARCHITECTURE_KEYS.items():
-        if section not in (*STAGES, *OPTIONAL_STAGES) or getattr(bundle, section) is not None:
+        if _is_taken_over(section, bundle):
             taken = {key: getattr(getattr(theirs, section), key) for key in keys}
             ours = getattr(recipe, section)
             stated = ours.model_fields_set & _ENDED
@@ -121,6 +121,13 @@ def adopt_architecture(recipe: Recipe, bundle: Bundle, stages: Sequence[Stage] =
     for key, (own, adopted_value) in differences(_dump(recipe), _dump(adopted)).items():
         logger.info("%s = %s is the checkpoint's (the recipe says %s)", key, adopted_value, own)
     return Recipe.parse(adopted.model_dump(mode="json"))
+
+
+def _is_taken_over(section: str, bundle: Bundle) -> bool:
+    """Whether a section's architecture keys say what a checkpoint's weights mean."""
+    if section == "text":
+        return bundle.knows_text
+    return section == "data" or getattr(bundle, section) is not None
 
 
 def with_views(bundle: Bundle, recipe: Recipe) -> Bundle:

@@ -284,15 +284,20 @@ class Run:
         return bundle
 
     def _first_bundle(self) -> Bundle:
-        """The checkpoint before any stage: a tokenizer, and what --init-from brings along."""
+        """The checkpoint before any stage: a tokenizer, and what --init-from brings along.
+
+        Where that knows no text, the tokenizer is one of these captions.
+        """
         captions = [caption for index in self.data.train for caption in self.data.captions[index]]
-        config = self.recipe.text
-        if self._initial is not None:
-            bundle = self._without_outgrown(self._initial)
+        config, initial = self.recipe.text, self._initial
+        if initial is not None and (initial.knows_text or not captions):
+            bundle = self._without_outgrown(initial)
         elif captions:
             tokenizer = TextTokenizer.train(captions, config.vocab_size, seed=self.recipe.seed)
             stream = make_stream(self.recipe, tokenizer, tokenizer.suggest_text_length(captions, config))
             bundle = Bundle(recipe=self.recipe, tokenizer=tokenizer, stream=stream)
+            if initial is not None:
+                bundle = replace(bundle, vae=initial.vae, upscale=initial.upscale)
         else:
             raise ValueError(
                 f"none of the {len(self.data.train)} training pictures of {self.data_spec} has a caption, so there is "
