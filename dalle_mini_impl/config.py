@@ -21,6 +21,8 @@ STAGES: tuple[Stage, ...] = ("clip", "vae", "dalle")
 OPTIONAL_STAGES: tuple[Stage, ...] = ("prior", "upscale")
 """Those with a model of their own that not every recipe has; `vqgan` and `distill` train those of `vae` and `dalle`
 further."""
+MODELS: tuple[Stage, ...] = (*STAGES, *OPTIONAL_STAGES)
+"""What a checkpoint may hold."""
 View = Literal["plain", "flip", "up", "down", "left", "right", "up_left", "up_right", "down_left", "down_right"]
 Augmentation = Literal["colour", "translation", "cutout"]
 AttentionPattern = Literal["full", "row", "column", "conv"]

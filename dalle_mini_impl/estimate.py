@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage, StageConfig
+from dalle_mini_impl.config import MODELS, STAGES, Recipe, Stage, StageConfig
 from dalle_mini_impl.flops import count_flops
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.training.batches import share_of_batch
@@ -159,7 +159,7 @@ def estimate(recipe: Recipe, hardware: str = "cpu2", devices: int = 1) -> Estima
         stages[stage] = _stage(stage, config, own, micro_batch, device, devices, earlier_bytes)
         if own.missing is not None:
             not_counted[stage] = own.missing
-        if stage in (*STAGES, *OPTIONAL_STAGES):  # the others train one of those further
+        if stage in MODELS:  # the others train one of those further
             earlier_bytes += stages[stage].weight_bytes
     stream, guidance = passes.stream, recipe.sampling.guidance
     branches = 1 if guidance == 1 else 2

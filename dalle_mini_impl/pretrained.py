@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dalle_mini_impl import __version__
 from dalle_mini_impl.clip import CLIP
-from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe
+from dalle_mini_impl.config import MODELS, OPTIONAL_STAGES, Recipe, Stage
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.embed import OwnCLIP
 from dalle_mini_impl.files import write_atomically, write_json
@@ -69,6 +69,11 @@ class Bundle:
     def knows_text(self) -> bool:
         """Whether one of its models was trained on captions, as its tokenizer cuts them."""
         return any(model is not None for model in (self.clip, self.dalle, self.prior))
+
+    def only(self, models: Sequence[Stage]) -> Bundle:
+        """The same without its other models."""
+        others: dict[str, Any] = {model: None for model in MODELS if model not in models}
+        return replace(self, **others)
 
     @property
     def embedder(self) -> OwnCLIP | None:
@@ -195,7 +200,7 @@ def resolve(name: str | Path) -> Path:
 def checkpoint_hash(folder: str | Path) -> str:
     """First 12 hex digits of the SHA-256 over config, tokenizer and weights of a checkpoint folder."""
     digest = hashlib.sha256()
-    for name in (CONFIG, TOKENIZER, *(f"{stage}.safetensors" for stage in (*STAGES, *OPTIONAL_STAGES))):
+    for name in (CONFIG, TOKENIZER, *(f"{stage}.safetensors" for stage in MODELS)):
         path = Path(folder) / name
         if path.is_file():
             digest.update(f"{name} {path.stat().st_size}\n".encode())

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dalle_mini_impl.cli.train import PresetName, _recipe
+from dalle_mini_impl.config import MODELS
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training.run import train
-from dalle_mini_impl.training.start import MODELS, load_start, split_start
+from dalle_mini_impl.training.start import load_start, split_start
 from tests.test_training_run import recipe
 from tests.tiny import tiny_bundle
 
@@ -38,7 +39,11 @@ def test_what_cannot_be_taken_is_told(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model is called 'vea'; there are clip, vae, dalle, prior, upscale"):
         split_start("emoji:vea,clip")
     with pytest.raises(ValueError, match="dalle is of no use without its vae: take both"):
-        split_start(f"{checkpoint}:dalle,clip")
+        load_start(f"{checkpoint}:dalle,clip")
+    by_embeddings = save_bundle(tiny_bundle("dalle.image_prefix=2"), tmp_path / "by-embeddings")
+    with pytest.raises(ValueError, match="dalle is of no use without its clip: take both"):
+        load_start(f"{by_embeddings}:vae,dalle")
+    assert load_start(f"{checkpoint}:vae,dalle").dalle is not None
     without = save_bundle(replace(load_bundle(checkpoint), clip=None), tmp_path / "without")
     with pytest.raises(ValueError, match=r"checkpoint .*without has no clip"):
         load_start(f"{without}:vae,clip")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dalle_mini_impl.config import OPTIONAL_STAGES, STAGES, Recipe, Stage
+from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle, save_bundle
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.recipes import ARCHITECTURE_KEYS, differences, in_words, read_note
@@ -75,8 +74,6 @@ def begin_from(base: Path, folder: Path, stages: Sequence[Stage]) -> None:
     (folder / "data").symlink_to((base / "data").resolve(), target_is_directory=True)
     for path in (base / "cache").resolve().glob("[!.]*"):
         (cache / path.name).symlink_to(path)  # file by file: a link to the folder would have ours written into it
-    bundle = load_bundle(base / "checkpoint")
-    kept: dict[str, Any] = {stage: None for stage in (*STAGES, *OPTIONAL_STAGES) if stage not in stages}
-    save_bundle(replace(bundle, **kept), folder / "checkpoint")
+    save_bundle(load_bundle(base / "checkpoint").only(stages), folder / "checkpoint")
     for stage in stages:
         StateFolder(folder / "state" / stage).finish(StateFolder(base / "state" / stage).summary())

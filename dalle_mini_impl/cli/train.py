@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dalle_mini_impl.config import Recipe, Stage
+from dalle_mini_impl.config import MODELS, Recipe, Stage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training.budget import parse_duration, process_age_sec
 from dalle_mini_impl.training.recipes import read_note
-from dalle_mini_impl.training.start import MODELS, split_start
+from dalle_mini_impl.training.start import split_start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,10 +12,8 @@ from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.progress import read_metrics
 from dalle_mini_impl.training.recipes import read_note
-from dalle_mini_impl.training.stages import ORDER, asked_for, stage_order
+from dalle_mini_impl.training.stages import FURTHER, ORDER, asked_for, stage_order
 
-_FURTHER: Mapping[str, Stage] = {"vae": "vqgan", "dalle": "distill"}
-"""Stages that train another one's model further."""
 Progress = Literal["finished", "not finished", "not begun", "taken over from --init-from", "not part of this recipe"]
 
 
@@ -88,9 +86,10 @@ class RunRecord:
 
     def last(self, model: Literal["vae", "clip", "dalle"], name: str) -> float | None:
         """A metric of a model as the checkpoint has it: of what trained it last, where that measured it."""
-        further = self.stages.get(_FURTHER[model]) if model in _FURTHER else None
-        if further is not None and further.progress == "finished" and (value := further.last(name)) is not None:
-            return value
+        for later, trained in FURTHER.items():
+            stage = self.stages.get(later) if trained == model else None
+            if stage is not None and stage.progress == "finished" and (value := stage.last(name)) is not None:
+                return value
         return self.stages[model].last(name)
 
     @property

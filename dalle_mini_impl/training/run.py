@@ -42,7 +42,7 @@ from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.processes import check_settings, check_shared, keep_to_this_run, make_accelerator
 from dalle_mini_impl.training.progress import MetricsLog
 from dalle_mini_impl.training.recipes import adopt_architecture, check_unchanged, read_note, with_views
-from dalle_mini_impl.training.stages import asked_for, outdated_by, stage_order
+from dalle_mini_impl.training.stages import FURTHER, asked_for, outdated_by, stage_order
 from dalle_mini_impl.training.start import load_start
 from dalle_mini_impl.training.stopping import StopSignal
 from dalle_mini_impl.training.task_builder import TaskBuilder, read_pictures
@@ -53,13 +53,10 @@ from dalle_mini_impl.training.tracking import Tracking, build_trackers, check_tr
 logger = logging.getLogger("dalle_mini_impl.training")
 M = TypeVar("M", bound=nn.Module)
 
-_TRAINS: dict[Stage, Stage] = {"vqgan": "vae", "distill": "dalle"}
-"""Stages that train another one's model further."""
-
 
 def _has_model(bundle: Bundle, stage: Stage) -> bool:
     """Whether a checkpoint has the model that a stage trains."""
-    return getattr(bundle, _TRAINS.get(stage, stage)) is not None
+    return getattr(bundle, FURTHER.get(stage, stage)) is not None
 
 
 def train(
@@ -382,7 +379,7 @@ class Run:
     def _stage_config(self, stage: Stage) -> StageConfig:
         """The recipe's settings of a stage, but what was trained before is not to be forgotten in this run's time."""
         config: StageConfig = getattr(self.recipe.train, stage)
-        goes_on = stage in _TRAINS or (self._initial is not None and _has_model(self._initial, stage))
+        goes_on = stage in FURTHER or (self._initial is not None and _has_model(self._initial, stage))
         return config.model_copy(update={"muon_timescale": 0.0}) if goes_on else config
 
     def _check_nothing_outdated(self, stage: Stage) -> None:
@@ -405,10 +402,10 @@ class Run:
         if isinstance(model, DALLE):
             model.look_ahead = None
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
-        for later, name in _TRAINS.items():
+        for later, name in FURTHER.items():
             if stage == name:
                 metrics.pop(later, None)  # it was of another
-        models: dict[str, Any] = {_TRAINS.get(stage, stage): model}
+        models: dict[str, Any] = {FURTHER.get(stage, stage): model}
         for name in (name for name in outdated_by(stage, self.recipe) if getattr(self.bundle, name) is not None):
             models[name] = None
             if name not in remaining:
@@ -416,7 +413,7 @@ class Run:
                     "the %s that the run started from was made for another %s: it is left out of the checkpoint; "
                     "--stage %s trains it anew, from its weights",
                     name,
-                    _TRAINS.get(stage, stage),
+                    FURTHER.get(stage, stage),
                     name,
                 )
         bundle = replace(self.bundle, **models)

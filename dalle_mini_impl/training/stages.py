@@ -10,6 +10,9 @@ ORDER: tuple[Stage, ...] = TrainConfig().stages
 WHOLE_STAGES: tuple[Stage, ...] = ("prior", "distill", "vqgan")
 """Those whose models are small and never shared out (FSDP): each process has the whole."""
 
+FURTHER: dict[Stage, Stage] = {"vqgan": "vae", "distill": "dalle"}
+"""Stages that train another one's model further."""
+
 
 def stage_order(recipe: Recipe) -> tuple[Stage, ...]:
     """All stages in an order that serves them: part of CLIP's pictures pass through the VAE, the prior and DALL·E see
