@@ -37,7 +37,7 @@ class ZeroShotClassifier:
         if not templates:
             raise ValueError("give at least one template, for example 'a picture of {}'")
         self.embedder, self.labels = embedder, list(labels)
-        captions = [template.format(label) for label in labels for template in templates]
+        captions = [template.replace("{}", label) for label in labels for template in templates]
         self.directions = F.normalize(embedder.encode_texts(captions).view(len(labels), len(templates), -1).mean(dim=1))
 
     def probabilities(self, pictures: Pictures) -> Tensor:

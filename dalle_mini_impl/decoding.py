@@ -28,6 +28,7 @@ FixedShapes = Literal["eager", "compile", "graph"] | None
 
 FREE = -1
 """Stands in `known` where a token is to be drawn."""
+_READ_AT_ONCE = 64  # given cells, of whose logits nothing but sums is kept
 _NOISE_BLOCK = 1 << 17  # numbers of noise drawn ahead: enough to share out over cores, and still in their caches
 
 
@@ -153,8 +154,12 @@ def _read_null(engine: Engine, num_slots: int, ids: Tensor) -> tuple[Tensor, KVC
 @torch.no_grad()
 def null_log_likelihoods(engine: Engine, num_slots: int, ids: Tensor, known: Tensor | None) -> Tensor:
     """Σ log p(x | null), (n,), of pictures (n, N), over the cells that are FREE in `known`; see `Partial`."""
-    logits, _ = _read_null(engine, num_slots, ids[:, :-1])
-    likelihoods = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
+    logits, cache = engine.prefill(torch.full((1, num_slots), NULL, device=ids.device))
+    cache = cache.expand(len(ids))
+    parts = [_log_likelihoods(logits.float().expand(len(ids), -1)[:, None], ids[:, :1])]
+    for first, last in _parts(ids.shape[1] - 1):
+        parts.append(_log_likelihoods(engine.extend(ids[:, first:last], cache).float(), ids[:, first + 1 : last + 1]))
+    likelihoods = torch.cat(parts, dim=1)
     return likelihoods.sum(dim=1) if known is None else (likelihoods * (known == FREE)).sum(dim=1)
 
 
@@ -184,8 +189,8 @@ def decode(
     ratio = _Ratio(num_rows, known, device, has_null=guided_from < num_tokens)
     if given:
         yield _partial(ids, given, ratio)
-    if given > 1:
-        branches.read(ids[:, : given - 1])
+    for first, last in _parts(given - 1):
+        branches.read(ids[:, first:last])
     index = given
     left = ids[:, :0]  # what the last pass drew beyond what was kept
     while index < num_tokens:
@@ -215,6 +220,11 @@ def decode(
         ratio.add(of_caption[:, :kept], None if of_null is None else of_null[:, :kept], index)
         index += kept
         yield _partial(ids, index, ratio)
+
+
+def _parts(count: int) -> Iterator[tuple[int, int]]:
+    """Places 0 … count, some at a time: beginning and end of each part, whose logits are in memory at once."""
+    return ((first, min(count, first + _READ_AT_ONCE)) for first in range(0, count, _READ_AT_ONCE))
 
 
 def _draw(
@@ -277,19 +287,20 @@ def _prepared(step: Callable[[], None], fixed: FixedShapes, state: Sequence[Tens
     if fixed != "graph":
         return step
     before = [tensor.clone() for tensor in state]
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # kernels are chosen and memory is found before the capture
+    with torch.cuda.device(state[0].device):  # streams are the current device's, which needn't be the model's
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # kernels are chosen and memory is found before the capture
+                step()
+                for tensor, old in zip(state, before, strict=True):
+                    tensor.copy_(old)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             step()
-            for tensor, old in zip(state, before, strict=True):
-                tensor.copy_(old)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for tensor, old in zip(state, before, strict=True):
-        tensor.copy_(old)
+        for tensor, old in zip(state, before, strict=True):
+            tensor.copy_(old)
     return graph.replay
 
 

@@ -95,6 +95,8 @@ class PromptDrawer:
             raise ValueError("; ".join(problems)) from None
         if given.get("unclip") and not has_prior(self.bundle):
             raise ValueError(f"checkpoint {self.bundle.recipe.name!r} has no prior to draw by: leave unclip out")
+        if "prior_guidance" in given and not (settings.unclip and has_prior(self.bundle)):
+            raise ValueError("prior_guidance is for drawing by way of a prior, which isn't done here: leave it out")
         if settings.upscale and self.bundle.upscale is None:
             raise ValueError(
                 f"checkpoint {self.bundle.recipe.name!r} has no upscaler: train one with upscale.factor=2, or leave "
@@ -322,8 +324,9 @@ class PromptDrawer:
                         log_likelihood=likelihoods[index],
                         read_score=read[index],
                         score=self._score(clip[index], read[index], likelihoods[index]),
-                        tokens=samples.ids[first + index],
-                        embedding=None if embeddings is None else embeddings[first + index].cpu(),
+                        # Copies: a view takes all pictures' along wherever it is pickled.
+                        tokens=samples.ids[first + index].clone(),
+                        embedding=None if embeddings is None else embeddings[first + index].cpu().clone(),
                     )
                 )
         return pictures

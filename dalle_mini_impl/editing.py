@@ -11,7 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle_mini_impl.data.pictures import Fit
 from dalle_mini_impl.decoding import FREE
+
+_SHAPES_DIFFER = 0.02
+"""Relative difference of two aspect ratios from which a mask wasn't painted over the picture."""
 
 
 def keep_first(ids: Tensor, share: float) -> Tensor:
@@ -26,10 +30,24 @@ def keep_first(ids: Tensor, share: float) -> Tensor:
     return known
 
 
+def mask_as_seen(mask: Image.Image, size: tuple[int, int], fit: Fit) -> Image.Image:
+    """A mask that was painted over a picture of some (width, height), made square as `to_square` makes the picture.
+
+    What lies beyond the picture is dark. A mask of another shape than the picture's is for the square as it is.
+    """
+    width, height = size
+    has_its_shape = abs(mask.width * height - mask.height * width) <= _SHAPES_DIFFER * mask.width * height
+    if fit == "stretch" or not has_its_shape:
+        return mask
+    side = min(mask.size) if fit == "crop" else max(mask.size)
+    left, top = (mask.width - side) // 2, (mask.height - side) // 2
+    return mask.convert("L").crop((left, top, left + side, top + side))
+
+
 def keep_outside(ids: Tensor, mask: Image.Image) -> Tensor:
     """Gives a picture's ids (N,) but where a mask is white: FREE in every cell with a bright pixel, (N,) int64.
 
-    mask: of any size, laid over the whole picture. Raises ValueError where nothing in it is bright.
+    mask: of any size, laid over the whole square (see `mask_as_seen`). Raises ValueError where nothing in it is bright.
     """
     side = round(len(ids) ** 0.5)
     edge = -(-max(*mask.size, side) // side)  # pixels a cell, rounded up, so that no pixel of the mask is lost

@@ -19,7 +19,7 @@ from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.data.pictures import to_rgb, to_square
 from dalle_mini_impl.drawing import DECODE_BATCH, DEFAULT_CANDIDATES, Progress, PromptDrawer
 from dalle_mini_impl.drawn import CaptionScores, RankedPicture, check_counts, rank, rank_sequence
-from dalle_mini_impl.editing import keep_first, keep_outside
+from dalle_mini_impl.editing import keep_first, keep_outside, mask_as_seen
 from dalle_mini_impl.embed import encode_pictures, encode_texts
 from dalle_mini_impl.guided import GuideSettings, GuideStep, Prior, Prompt, guide, main_text, random_ids
 from dalle_mini_impl.unclip import change_by_text, embedding_clip, slerp
@@ -60,10 +60,12 @@ class TextToImage(PromptDrawer):
     ) -> list[RankedPicture]:
         """Draws variations of a picture, or of image ids (N,), that keep a part of it; ranked, best first.
 
-        share: of its tokens that are kept, from the top. mask: instead, white where it is to be drawn anew. options:
-        as in a call.
+        share: of its tokens that are kept, from the top. mask: instead, white where it is to be drawn anew; painted
+        over the picture, or over the square that the models see. options: as in a call.
         """
         ids = picture if isinstance(picture, Tensor) else self.tokens_of(picture)
+        if mask is not None and isinstance(picture, Image.Image):
+            mask = mask_as_seen(mask, to_rgb(picture).size, self.bundle.recipe.data.fit)
         known = keep_first(ids, share) if mask is None else keep_outside(ids, mask)
         return self(prompt, known=known, **options)
 
@@ -178,9 +180,14 @@ class TextToImage(PromptDrawer):
     def starting_tokens(
         self, prompts: Sequence[Prompt], start: Start, candidates: int = DEFAULT_CANDIDATES, seed: int = 0
     ) -> Tensor:
-        """Image ids (N,) to guide from: random ones, or DALL·E's best of `candidates` for the main prompt."""
+        """Image ids (N,) to guide from: random ones, or DALL·E's best of `candidates` for the main prompt.
+
+        Raises ValueError for another word.
+        """
         if start == "noise":
             return random_ids(self.vae, seed)
+        if start != "dalle":
+            raise ValueError(f'start is {start!r}; give "noise", "dalle", a picture or image ids')
         return self(main_text(prompts), candidates, 1, seed)[0].tokens
 
     @torch.no_grad()

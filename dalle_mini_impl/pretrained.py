@@ -39,6 +39,8 @@ FORMAT = 1
 DEFAULT_CHECKPOINT = "emoji"
 BUILT_IN = Path(__file__).parent / "checkpoints"
 CONFIG, TOKENIZER, CARD = "config.json", "tokenizer.model", "README.md"
+FILES = (CONFIG, TOKENIZER, CARD, *(f"{model}.safetensors" for model in MODELS))
+"""All that a checkpoint folder may hold."""
 M = TypeVar("M", bound=nn.Module)
 Storage = Literal["fp32", "fp16", "bf16"]
 _RENAMED = {"above.weight": "neighbours.table.weight"}
@@ -197,6 +199,18 @@ def resolve(name: str | Path) -> Path:
     return _download(str(name), known)
 
 
+def check_target(folder: Path, source: str | Path) -> None:
+    """Raises ValueError unless a checkpoint can go to a folder: a new or empty one, or that of another checkpoint."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if folder.resolve() == resolve(source).resolve():
+        raise ValueError(f"{folder} is that checkpoint itself: choose another folder")
+    try:
+        _read_config(folder)
+    except (OSError, ValueError):
+        raise ValueError(f"{folder} holds something else than a checkpoint: choose another folder") from None
+
+
 def checkpoint_hash(folder: str | Path) -> str:
     """First 12 hex digits of the SHA-256 over config, tokenizer and weights of a checkpoint folder."""
     digest = hashlib.sha256()
@@ -331,9 +345,8 @@ def _download(hub_id: str, known: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    files = [CONFIG, TOKENIZER, CARD, "*.safetensors"]
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=files))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"no folder {hub_id!r} here, and the hub didn't give it ({reason}); {known}") from None

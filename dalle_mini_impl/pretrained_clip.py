@@ -17,10 +17,12 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dalle_mini_impl.data.pictures import to_rgb
 from dalle_mini_impl.embed import Pictures, joined, stacked
+from dalle_mini_impl.out_of_memory import first_line, is_out_of_memory
 from dalle_mini_impl.sheet import to_pil
 
 FAMILIES = ("clip", "siglip")
@@ -58,12 +60,17 @@ class PretrainedCLIP:
             if family not in FAMILIES:
                 raise ValueError(f"it is a model of the kind {family!r}, not {' or '.join(FAMILIES)}")
             with torch.random.fork_rng(devices=[]):  # building draws initial weights
-                model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32)
+                model, told = transformers.AutoModel.from_pretrained(
+                    name, dtype=torch.float32, output_loading_info=True
+                )
+            if missing := sorted(told["missing_keys"]):  # transformers draws these at random, and warns
+                raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} among them")
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"no pretrained CLIP can be loaded from {str(name)!r}: {reason}") from None
+        except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise ValueError(f"no pretrained CLIP can be loaded from {str(name)!r}: {first_line(error)}") from None
         return cls(model.to(device) if device is not None else model, tokenizer, processor, label)
 
     @cached_property

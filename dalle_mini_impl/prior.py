@@ -27,7 +27,8 @@ from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.precision import autocast_off
 from dalle_mini_impl.stream import NULL, PAD
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 512
+"""Embeddings that are drawn at once, of all rows' draws together."""
 _MAX_COSINES = 64
 
 
@@ -195,8 +196,9 @@ class Prior(nn.Module):
         noise of a code belongs to seed, prompt, candidate and place, so that a row's codes don't depend on the others.
         """
         parts = []
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[first : first + _ROWS_AT_ONCE]
+        at_once = max(1, _ROWS_AT_ONCE // settings.prior_draws)
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
             codes = self._draw_codes(text_ids, text_vectors, prompts, part, seed, settings)  # (n, draws, K)
             vectors = self.codec.decode(codes.flatten(0, 1)).view(*codes.shape[:2], -1)  # (n, draws, E)
             owners = torch.tensor([prompt for prompt, _ in part], device=vectors.device)

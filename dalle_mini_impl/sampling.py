@@ -277,8 +277,9 @@ def resolve_kernel(settings: SamplingConfig, dalle: DALLE) -> Literal["compiled"
         return "compiled"
     if settings.kernel == "compiled":
         raise ValueError(
-            "the compiled kernel was asked for, but it needs a CPU with AVX2, Linux, g++, and a model of full "
-            "attention with squared ReLU and heads of 16, 32, 48 … numbers: set kernel to auto or torch"
+            "the compiled kernel was asked for, but it needs a CPU with AVX2 (for bf16 with AVX512-BF16), Linux, g++, "
+            "and a model of full attention with squared ReLU and heads of 16, 32, 48 … numbers: set kernel to auto or "
+            "torch"
         )
     return "torch"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from dalle_mini_impl.nearest import NeighbourGraph
 
 ENTRIES, VECTORS, GRAPH = "index.json", "vectors.npy", "graph.usearch"
 FORMAT = 2
+_NUMBER = "[0-9]" * 6
 _MOST_BY_GRAPH = 0.1
 """Share of all pictures beyond which looking at all of them is quicker, and complete."""
 Embed = Callable[[Sequence[Path]], tuple[list[Path], Tensor]]
@@ -99,14 +101,14 @@ class PictureIndex:
                 raise ValueError(f"{len(entries)} pictures but {len(vectors)} vectors")
             if graph is not None and len(graph) != len(entries):
                 raise ValueError(f"{len(entries)} pictures but {len(graph)} vectors in its graph")
-            return cls(Path(values["folder"]), values["clip"], entries, vectors, graph)
+            return cls((place / values["folder"]).resolve(), values["clip"], entries, vectors, graph)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the last: a graph cut off
             raise ValueError(f"the index in {place} can't be read ({error}): delete it and index again") from None
 
     def save(self, place: Path) -> None:
         """Writes the index: vectors and graph under new names first, then the list that names them; never a half."""
         place.mkdir(parents=True, exist_ok=True)
-        before = {*place.glob(f"*-{VECTORS}"), *place.glob(f"*-{GRAPH}")}
+        before = {path for name in (VECTORS, GRAPH) for path in place.glob(f"{_NUMBER}-{name}")}
         buffer = io.BytesIO()
         np.save(buffer, self.vectors.half().numpy())
         number = 1 + max((int(path.name.split("-")[0]) for path in before), default=0)
@@ -119,7 +121,7 @@ class PictureIndex:
             place / ENTRIES,
             {
                 "format": FORMAT,
-                "folder": str(self.folder),
+                "folder": self._folder_from(place),
                 "clip": self.clip,
                 "vectors": name,
                 "graph": graph_name,
@@ -128,6 +130,11 @@ class PictureIndex:
         )
         for old in before:
             old.unlink(missing_ok=True)
+
+    def _folder_from(self, place: Path) -> str:
+        """Where the pictures are: seen from the index where it lies among them, so that both can be moved."""
+        lies_inside = place.resolve().is_relative_to(self.folder)
+        return os.path.relpath(self.folder, place.resolve()) if lies_inside else str(self.folder)
 
     def updated(self, paths: Sequence[Path], embed: Embed, batch_size: int = 64) -> tuple[PictureIndex, Changes]:
         """This index brought up to the pictures at `paths`, all below the folder; only new and changed are embedded.
@@ -152,9 +159,10 @@ class PictureIndex:
             removed=sum(entry.path not in names for entry in self.entries),
             unreadable=len(todo) - len(added),
         )
+        if len(kept) == len(self.entries) and not added:
+            return PictureIndex(self.folder, self.clip, self.entries, self.vectors, self.graph), changes
         entries = [*(entry for entry, _ in kept), *added]
-        graph = self.graph if entries == self.entries else None
-        return PictureIndex(self.folder, self.clip, entries, vectors, graph), changes
+        return PictureIndex(self.folder, self.clip, entries, vectors), changes
 
     def with_graph(self) -> PictureIndex:
         """This index with a graph for approximate search; ValueError where the library for it isn't installed."""

@@ -5,6 +5,8 @@ build_page(TextToImage.from_pretrained("emoji"), "emoji").launch()
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,9 @@ import gradio as gr
 from PIL import Image
 
 from dalle_mini_impl.classify import ZeroShotClassifier
-from dalle_mini_impl.cli.classify import read_labels
+from dalle_mini_impl.cli.classify import split_labels
 from dalle_mini_impl.cli.origin import Origin
-from dalle_mini_impl.cli.pictures import read_picture
+from dalle_mini_impl.cli.pictures import read_picture, thumbnails
 from dalle_mini_impl.cli.sample import common_facts, write_picture
 from dalle_mini_impl.cli.search import query_vector
 from dalle_mini_impl.data.pictures import PictureError
@@ -30,6 +32,10 @@ Shown = list[tuple[Any, str]]
 """What a gallery takes: pictures, or files of them, with their labels."""
 
 _MOST_CANDIDATES = 64
+_IN_TURN: dict[str, Any] = {"concurrency_id": "model"}
+"""All that a model does waits in one queue; with a queue each, drawing and classifying would share its memory."""
+_SWEEP_SEC, _KEPT_SEC = 3600, 86400
+"""How often Gradio's copies of what it has shown are looked through, and how old they become."""
 
 
 class Page:
@@ -47,33 +53,45 @@ class Page:
         prompt: str,
         candidates: float,
         keep: float,
-        seed: float,
+        seed: float | None,
         guidance: float,
         temperature: float,
         top_p: float,
     ) -> Iterator[tuple[Shown, str]]:
         """Pictures while they are drawn, then the best of them, with a line that says how far it is."""
         settings = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
-        yield from self._draw(prompt, int(candidates), int(keep), int(seed), settings, None)
+        yield from self._draw(prompt, int(candidates), int(keep), seed, settings, None)
 
     def vary(
-        self, origin: str | None, prompt: str, share: float, candidates: float, keep: float, seed: float
+        self,
+        origin: str | None,
+        prompt: str,
+        share: float,
+        candidates: float,
+        keep: float,
+        seed: float | None,
+        guidance: float,
+        temperature: float,
+        top_p: float,
     ) -> Iterator[tuple[Shown, str]]:
-        """Variations that share the upper part of a picture, drawn here or any other."""
+        """Variations that share the upper part of a picture, drawn here or any other, by the same sampler."""
         if not origin:
             raise gr.Error("choose a picture first: select a drawn one, or load a file", print_exception=False)
         picture = _checked(Origin.read, Path(origin))
         known = _checked(picture.known, self.model, share, None)
-        yield from self._draw(prompt or picture.prompt or "", int(candidates), int(keep), int(seed), {}, known)
+        settings = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
+        yield from self._draw(prompt or picture.prompt or "", int(candidates), int(keep), seed, settings, known)
 
     def _draw(
-        self, prompt: str, candidates: int, keep: int, seed: int, changes: dict[str, Any], known: Tensor | None
+        self, prompt: str, candidates: int, keep: int, seed: float | None, changes: dict[str, Any], known: Tensor | None
     ) -> Iterator[tuple[Shown, str]]:
+        if seed is None:
+            raise gr.Error("give a seed, a whole number", print_exception=False)
         if not prompt.strip():
             raise gr.Error("write what is to be drawn", print_exception=False)
         settings = _checked(self.model.settings, **changes)
         drawings = self.model.stream(
-            prompt.strip(), candidates, min(keep, candidates), seed, settings=settings, known=known
+            prompt.strip(), candidates, min(keep, candidates), int(seed), settings=settings, known=known
         )
         for drawing in drawings:
             if drawing.ranked is None:
@@ -81,10 +99,10 @@ class Page:
                 yield pictures, f"{drawing.done / drawing.total:.0%}"
                 continue
             self._drawn += 1
+            number = self._drawn
             facts = common_facts(self.model, self.checkpoint, settings, known)
             files = [
-                self.files / write_picture(picture, self._drawn, self.files, facts)["file"]
-                for picture in drawing.ranked
+                self.files / write_picture(picture, number, self.files, facts)["file"] for picture in drawing.ranked
             ]
             labels = [f"{picture.rank}: {picture.score:.2f}" for picture in drawing.ranked]
             shown: Shown = [(str(file), label) for file, label in zip(files, labels, strict=True)]
@@ -94,7 +112,7 @@ class Page:
         """Probability of each label for a picture."""
         if not picture:
             raise gr.Error("load a picture first", print_exception=False)
-        names = _checked(read_labels, labels.replace("\n", ","))
+        names = split_labels(labels.replace("\n", ","))  # never read_labels: it opens files, this text is a visitor's
         classifier = _checked(ZeroShotClassifier, self.model.embedder, names)
         shares = classifier.probabilities([_checked(read_picture, Path(picture))])[0].tolist()
         return dict(zip(names, shares, strict=True))
@@ -113,7 +131,7 @@ class Page:
         assert self.index is not None
         query = _checked(query_vector, self.model.embedder, text.strip() or None, Path(like) if like else None)
         hits = [hit for hit in self.index.search(query, int(top)) if hit.path.is_file()]
-        return [(read_picture(hit.path), f"{hit.score:.3f} {hit.path.name}") for hit in hits]
+        return [*thumbnails((hit.path, f"{hit.score:.3f} {hit.path.name}") for hit in hits)]
 
 
 def build_page(
@@ -121,12 +139,16 @@ def build_page(
 ) -> gr.Blocks:
     """The page of a checkpoint; with an index also a search in its pictures.
 
-    files: folder for the PNGs that are drawn, default a temporary one.
+    files: folder for the PNGs that are drawn, default a temporary one, which ends with the process.
     """
-    page = Page(model, checkpoint, Path(tempfile.mkdtemp(prefix="dalle-mini-")) if files is None else files, index)
+    if files is None:
+        files = Path(tempfile.mkdtemp(prefix="dalle-mini-"))
+        atexit.register(shutil.rmtree, files, ignore_errors=True)
+    page = Page(model, checkpoint, files, index)
     settings = model.settings()
     blocks: gr.Blocks
-    with gr.Blocks(title=f"dalle-mini: {checkpoint}", analytics_enabled=False) as blocks:
+    title = f"dalle-mini: {checkpoint}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_SWEEP_SEC, _KEPT_SEC)) as blocks:
         gr.Markdown(f"# dalle-mini: {checkpoint}")
         with gr.Tab("Draw"):
             prompt = gr.Textbox(label="What to draw", placeholder="a red heart", autofocus=True)
@@ -134,7 +156,7 @@ def build_page(
                 candidates = gr.Slider(1, _MOST_CANDIDATES, 16, step=1, label="Candidates")
                 keep = gr.Slider(1, 16, 4, step=1, label="Keep the best")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-            with gr.Accordion("Sampler", open=False), gr.Row():
+            with gr.Accordion("Sampler, for Draw and Vary", open=False), gr.Row():
                 guidance = gr.Slider(0, 10, settings.guidance, label="Guidance: strength of the prompt")
                 temperature = gr.Slider(0, 2, settings.temperature, label="Temperature")
                 top_p = gr.Slider(0.05, 1, settings.top_p, label="Top-p")
@@ -142,10 +164,10 @@ def build_page(
             status = gr.Markdown()
             gallery = _gallery("Pictures, best first; select one to vary it")
             inputs: list[Any] = [prompt, candidates, keep, seed, guidance, temperature, top_p]
-            gr.on([button.click, prompt.submit], page.draw, inputs, [gallery, status], api_name="draw")
+            gr.on([button.click, prompt.submit], page.draw, inputs, [gallery, status], api_name="draw", **_IN_TURN)
         with gr.Tab("Vary"):
             with gr.Row():
-                origin = gr.Image(type="filepath", label="Picture", height=256)
+                origin = _picture("Picture")
                 with gr.Column():
                     new_prompt = gr.Textbox(label="What to draw (empty: what it was drawn for)")
                     share = gr.Slider(0, 0.95, 0.4, label="Share to keep, from the top")
@@ -153,34 +175,40 @@ def build_page(
                     vary = gr.Button("Vary", variant="primary")
             new_status = gr.Markdown()
             variations = _gallery("Variations, best first")
-            parts: list[Any] = [origin, new_prompt, share, candidates, keep, new_seed]
-            vary.click(page.vary, parts, [variations, new_status], api_name="vary")
+            parts: list[Any] = [origin, new_prompt, share, candidates, keep, new_seed, guidance, temperature, top_p]
+            vary.click(page.vary, parts, [variations, new_status], api_name="vary", **_IN_TURN)
         gallery.select(_selected, None, origin, api_visibility="private")
         if model.embedder is not None:
             with gr.Tab("Classify"):
-                picture = gr.Image(type="filepath", label="Picture", height=256)
+                picture = _picture("Picture")
                 labels = gr.Textbox(label="Labels, a comma or a line between them", lines=3)
                 answer = gr.Label(label="What CLIP says")
                 gr.Button("Classify", variant="primary").click(
-                    page.classify, [picture, labels], answer, api_name="classify"
+                    page.classify, [picture, labels], answer, api_name="classify", **_IN_TURN
                 )
         if model.captioning_clip is not None:
             with gr.Tab("Caption"):
-                seen = gr.Image(type="filepath", label="Picture", height=256)
+                seen = _picture("Picture")
                 number = gr.Slider(1, 32, 8, step=1, label="Captions to write")
                 captions = gr.Dataframe(headers=["caption", "score"], label="Captions, best first", interactive=False)
                 gr.Button("Caption", variant="primary").click(
-                    page.caption, [seen, number], captions, api_name="caption"
+                    page.caption, [seen, number], captions, api_name="caption", **_IN_TURN
                 )
         if index is not None:
             with gr.Tab(f"Search {len(index.entries)} pictures"):
                 text = gr.Textbox(label="What to look for")
-                like = gr.Image(type="filepath", label="or a picture like it", height=192)
+                like = _picture("or a picture like it", 192)
                 top = gr.Slider(1, 60, 12, step=1, label="Pictures to find")
                 found = _gallery("Nearest first")
                 look = gr.Button("Search", variant="primary")
-                gr.on([look.click, text.submit], page.search, [text, like, top], found, api_name="search")
+                inputs = [text, like, top]
+                gr.on([look.click, text.submit], page.search, inputs, found, api_name="search", **_IN_TURN)
     return blocks
+
+
+def _picture(label: str, height: int = 256) -> gr.Image:
+    """A file as it is: in Gradio's own mode, RGB, what is transparent would come as black."""
+    return gr.Image(type="filepath", image_mode=None, label=label, height=height)
 
 
 def _gallery(label: str) -> gr.Gallery:

@@ -12,7 +12,7 @@ from PIL import Image
 from dalle_mini_impl import TextToImage
 from dalle_mini_impl.classify import ZeroShotClassifier
 from dalle_mini_impl.cli.app import main
-from dalle_mini_impl.cli.classify import confusion_picture, count, read_labels
+from dalle_mini_impl.cli.classify import check_folders, confusion_picture, count, read_labels
 from dalle_mini_impl.embed import encode_pictures, encode_texts
 from dalle_mini_impl.pretrained import Bundle
 from tests.tiny import tiny_bundle, tiny_checkpoint
@@ -43,10 +43,11 @@ def test_probabilities_are_a_softmax_of_scaled_cosines() -> None:
 def test_templates_are_averaged_in_clips_space() -> None:
     bundle = tiny()
     assert bundle.clip is not None and bundle.embedder is not None
-    templates = ["{}", "a picture of {}"]
+    templates = ["{}", "a picture of {} {red}"]
     classifier = ZeroShotClassifier(bundle.embedder, LABELS, templates)
     for label, direction in zip(LABELS, classifier.directions, strict=True):
-        vectors = encode_texts(bundle.clip, bundle.tokenizer, [template.format(label) for template in templates])
+        texts = [template.replace("{}", label) for template in templates]
+        vectors = encode_texts(bundle.clip, bundle.tokenizer, texts)
         mean = vectors.mean(dim=0)
         torch.testing.assert_close(direction, mean / mean.norm())
 
@@ -58,6 +59,7 @@ def test_templates_are_averaged_in_clips_space() -> None:
         (["one", "two", "one"], ["{}"], "label 'one' is given twice"),
         (["one", "two"], ["a picture"], "must hold {} once"),
         (["one", "two"], [], "at least one template"),
+        (["one", "two"], ["{x}"], "must hold {} once"),
     ],
 )
 def test_labels_that_make_no_choice_are_refused(labels: list[str], templates: list[str], message: str) -> None:
@@ -89,8 +91,12 @@ def test_labels_come_from_a_text_or_a_file(tmp_path: Path) -> None:
     assert read_labels(" a circle, a square,,") == ["a circle", "a square"]
     (tmp_path / "labels.txt").write_text("a circle, red\n\na square\n")
     assert read_labels(str(tmp_path / "labels.txt")) == ["a circle, red", "a square"]
-    with pytest.raises(ValueError, match="no file of labels"):
+    with pytest.raises(ValueError, match="labels can't be read from"):
         read_labels(str(tmp_path / "nothing.txt"))
+    (tmp_path / "other").write_bytes("a café\nred\n".encode("utf-8-sig"))
+    assert read_labels(str(tmp_path / "other")) == ["a café", "red"]
+    many = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "heart") * 9]
+    assert read_labels(",".join(many)) == many, "longer than a file's name may be"
 
 
 def test_a_confusion_counts_true_labels_down_and_guesses_across(tmp_path: Path) -> None:
@@ -99,10 +105,16 @@ def test_a_confusion_counts_true_labels_down_and_guesses_across(tmp_path: Path) 
         for i, (folder, label) in enumerate([("circle", "a circle"), ("circle", "a square"), ("a_square", "a square")])
     ]
     assert count(rows, ["a circle", "a square"]) == [[1, 1], [0, 1]]
+    paths = [Path(row["file"]) for row in rows]
+    check_folders(paths, ["a circle", "a square"])
     with pytest.raises(ValueError, match="folder 'circle' is none of the labels"):
-        count(rows, ["a square", "a star"])
+        check_folders(paths, ["a square", "a star"])
     picture = confusion_picture([[1, 1], [0, 1]], ["a circle", "a square"])
     assert picture.width == picture.height
+    names = [str(number) for number in range(1000)]
+    diagonal = [[int(row == column) for column in range(1000)] for row in range(1000)]
+    large = confusion_picture(diagonal, names)
+    assert large.size == (4000, 4000) and large.getpixel((2, 2)) == 0 and large.getpixel((6, 2)) == 255
 
 
 def test_pictures_that_are_not_there_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

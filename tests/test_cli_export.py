@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,3 +48,44 @@ def test_how_it_draws_can_be_set_and_what_it_is_cannot(tmp_path: Path, capsys: p
     assert "only sampling" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert _export(original, tmp_path / "other", "--set", "sampling.top_q=1") == 2
     assert "top_p" in capsys.readouterr().err
+
+
+def test_nothing_else_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = tiny_checkpoint(tmp_path / "original")
+    before = (original / "dalle.safetensors").read_bytes()
+    assert _export(original, original) == 2
+    assert "is that checkpoint itself" in capsys.readouterr().err
+    foreign = tmp_path / "project"
+    foreign.mkdir()
+    for name in ("README.md", "config.json"):
+        (foreign / name).write_text("{}")
+        assert _export(original, foreign) == 2
+        assert "holds something else than a checkpoint" in capsys.readouterr().err
+    assert (original / "dalle.safetensors").read_bytes() == before
+    assert {path.name: path.read_text() for path in foreign.iterdir()} == {"README.md": "{}", "config.json": "{}"}
+    other = tiny_checkpoint(tmp_path / "other", seed=3)
+    assert _export(original, other) == 0, "that of another checkpoint is replaced"
+
+
+def test_only_a_checkpoints_own_files_are_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = tiny_checkpoint(tmp_path / "original")
+    asked: list[Any] = []
+
+    class Hub:
+        def create_repo(self, hub_id: str, *, exist_ok: bool) -> None:
+            if "offline" in hub_id:
+                raise RuntimeError("connection refused")
+
+        def upload_folder(self, **options: Any) -> None:
+            asked.append(options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    copy = tiny_checkpoint(tmp_path / "copy", seed=3)
+    (copy / "notes.md").write_text("private")
+    assert _export(original, copy, "--push-to", "me/mine") == 0
+    assert set(asked[0]["allow_patterns"]) == {path.name for path in copy.iterdir()} - {"notes.md"}
+    capsys.readouterr()
+    assert _export(original, copy, "--push-to", "me/offline") == 1
+    assert "didn't take me/offline (connection refused)" in capsys.readouterr().err

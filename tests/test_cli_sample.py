@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle_mini_impl.cli import sample
 from dalle_mini_impl.cli.app import VERBS, main
+from dalle_mini_impl.cli.sample import read_prompts
 from dalle_mini_impl.native import trunk
 from dalle_mini_impl.native.kernel import kernel
+from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.sheet import read_metadata, save_png
 from tests.tiny import tiny_checkpoint
 
@@ -312,3 +316,102 @@ def test_the_precision_that_was_drawn_in_is_written_down(checkpoint: Path, tmp_p
         assert read_metadata(out / line["file"])["settings"]["precision"] == precision
         assert _run("replay", out / line["file"], "--checkpoint", checkpoint) == 0
     assert _run("sample", "--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--precision", "fp8") == 2
+
+
+def test_a_replay_without_the_kernel_that_drew_draws_otherwise_and_says_so(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel() is None:
+        pytest.skip("no kernel on this machine")
+    options = ("--prompt", PROMPTS[0], "--candidates", 1, "--precision", "fp32", "--out", tmp_path)
+    assert _run("sample", "--checkpoint", checkpoint, *options) == 0
+    (line,) = _results(tmp_path)
+    facts = read_metadata(tmp_path / line["file"])
+    assert facts["settings"]["kernel"] == "compiled"
+    monkeypatch.setattr(trunk, "kernel", lambda: None)
+    assert _run("replay", tmp_path / line["file"]) == 0, "in fp32 both draw the same"
+    other = {**facts, "tokens": [*facts["tokens"][:-1], -5]}
+    save_png(Image.open(tmp_path / line["file"]), tmp_path / "other.png", other)
+    capsys.readouterr()
+    assert _run("replay", tmp_path / "other.png") == 1
+    assert "the compiled kernel that drew it isn't to be had here" in capsys.readouterr().err
+
+
+def test_other_pictures_in_the_folder_are_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--candidates", 2, "--keep", 2, "--out", tmp_path)
+    found: list[dict[str, Any]] = []
+    for guidance in (1.5, 1.5, 6.0):
+        assert _run("sample", *options, "--guidance", guidance) == 0
+        found.append({line["file"]: read_metadata(tmp_path / line["file"]) for line in _results(tmp_path)})
+    assert found[0] == found[1], "the same pictures are the same files"
+    assert found[1].keys().isdisjoint(found[2])
+    for name, facts in (found[1] | found[2]).items():
+        assert read_metadata(tmp_path / name) == facts
+        assert _run("replay", tmp_path / name) == 0
+
+
+def test_results_stay_where_the_next_call_draws_nothing(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--candidates", 2, "--keep", 2)
+    assert _run("sample", *options, "--out", tmp_path) == 0
+    before = (tmp_path / "results.jsonl").read_bytes()
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise MemoryError("all of it")
+
+    monkeypatch.setattr(TextToImage, "draw_jobs", fails)
+    assert _run("sample", *options, "--out", tmp_path) == 1
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    (tmp_path / "file").touch()
+    capsys.readouterr()
+    for verb in (("sample", *options), ("rerank", "--curve", *options[:2])):
+        assert _run(*verb, "--out", tmp_path / "file" / "out") == 1
+        assert "nothing has been done yet" in capsys.readouterr().err, "before anything is drawn"
+
+
+def test_a_variation_without_a_seed_is_another_picture(checkpoint: Path, drawn: Path, tmp_path: Path) -> None:
+    origin = drawn / _results(drawn)[0]["file"]
+    options = ("--from", origin, "--keep", 0.4, "--candidates", 6, "--top-p", 0.9, "--top-k", 30)
+    assert _run("sample", "--checkpoint", checkpoint, *options, "--out", tmp_path) == 0
+    tokens = read_metadata(origin)["tokens"]
+    for line in _results(tmp_path):
+        assert line["seed"] == 6 and read_metadata(tmp_path / line["file"])["tokens"] != tokens
+
+
+def test_a_sheet_is_no_picture_to_begin_with(
+    checkpoint: Path, drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in (("sample", "--prompt", "x"), ("guide", "x")):
+        assert _run(*verb, "--checkpoint", checkpoint, "--from", drawn / "sheet.png", "--out", tmp_path / "out") == 2
+        assert "is a sheet of pictures" in capsys.readouterr().err
+
+
+def test_very_many_candidates_are_drawn_some_at_a_time(
+    checkpoint: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_at_once: list[int] = []
+    draw_jobs = TextToImage.draw_jobs
+
+    def counted(self: TextToImage, prompts: Any, jobs: Any, *more: Any, **options: Any) -> Any:
+        drawn_at_once.append(len(jobs))
+        return draw_jobs(self, prompts, jobs, *more, **options)
+
+    monkeypatch.setattr(TextToImage, "draw_jobs", counted)
+    monkeypatch.setattr(sample, "_PICTURES_AT_ONCE", 4)
+    options = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--candidates", 6, "--keep", 2, "--seed", 5)
+    options += ("--top-p", 0.9, "--top-k", 30)
+    assert _run("sample", "--checkpoint", checkpoint, *options, "--out", tmp_path) == 0
+    assert drawn_at_once == [4, 2, 4, 2]
+    assert [line["file"] for line in _results(tmp_path)] == [line["file"] for line in _results(drawn)]
+
+
+def test_a_picture_takes_no_others_along(checkpoint: Path) -> None:
+    one, *_ = TextToImage.from_pretrained(checkpoint)(PROMPTS[0], candidates=64)
+    assert len(pickle.dumps(one.tokens)) < 2 * 8 * len(one.tokens)
+
+
+def test_prompts_come_in_any_encoding(tmp_path: Path) -> None:
+    assert read_prompts([b"a caf\xe9".decode("utf-8", "surrogateescape"), "ein B\xe4r"], None) == ["a café", "ein Bär"]
+    (tmp_path / "prompts.txt").write_bytes("a café\n\n ein Bär".encode("cp1252"))
+    assert read_prompts(None, tmp_path / "prompts.txt") == ["a café", "ein Bär"]

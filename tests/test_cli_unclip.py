@@ -95,6 +95,9 @@ def test_a_checkpoint_with_a_prior_draws_by_it_unless_told_otherwise(
     capsys.readouterr()
     assert _run("sample", "--prompt", PROMPT, "--unclip", "--out", tmp_path / "emoji") == 2
     assert "has no prior to draw by" in capsys.readouterr().err
+    for more in (["--no-unclip", *map(str, options[:2])], []):
+        assert _run("sample", "--prompt", PROMPT, "--prior-guidance", 3, *more, "--out", tmp_path / "emoji") == 2
+        assert "prior_guidance is for drawing by way of a prior" in capsys.readouterr().err
 
 
 def test_pictures_of_the_prior_dont_depend_on_the_batch(model: TextToImage) -> None:

@@ -353,6 +353,10 @@ def test_the_command_writes_picture_animation_and_scores(tmp_path: Path, capsys:
     more = read_metadata(tmp_path / "more" / "a-blue-square-guided-seed0.png")
     assert more["start_tokens"] == drawn.tokens.tolist()
     capsys.readouterr()
+    assert run(*base[:2], *checkpoint, "--from", str(path), "--steps", "1", "--out", str(out)) == 2
+    assert "is where the result would go" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"start is 'photo\.jpg'"):
+        TextToImage(bundle).guide("a blue square", "photo.jpg")  # type: ignore[arg-type]
     assert run("replay", str(path)) == 2
     assert "was guided" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dalle_mini_impl import TextToImage
 from dalle_mini_impl.classify import ZeroShotClassifier
@@ -196,6 +197,14 @@ def test_what_is_no_clip_is_refused_by_name(
     transformers.BertConfig(hidden_size=8, num_attention_heads=1).save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match="model of the kind 'bert', not clip or siglip"):
         PretrainedCLIP.load(tmp_path / "bert")
+    weights = save_tiny_clip(tmp_path / "half") / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: tensors[key] for key in sorted(tensors)[1:]}, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 of its weights are missing, {sorted(tensors)[0]}"):
+        PretrainedCLIP.load(tmp_path / "half")
+    weights.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"no pretrained CLIP can be loaded from .*half"):
+        PretrainedCLIP.load(tmp_path / "half")
     (tmp_path / "a.png").touch()
     assert run("classify", str(tmp_path), "--labels", "one,two", "--clip", str(tmp_path / "empty")) == 2
     assert "error: no pretrained CLIP" in capsys.readouterr().err

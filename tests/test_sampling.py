@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle_mini_impl import decoding
 from dalle_mini_impl.config import SamplingConfig
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.decoding import FREE
@@ -376,6 +377,21 @@ def test_given_tokens_stay_and_the_others_follow_from_them(
         draw(known[:1])
     with pytest.raises(ValueError, match="known ids must be below 32"):
         draw(torch.full((2, num_tokens), 32))
+
+
+@pytest.mark.parametrize("settings", [GUIDED, UNGUIDED], ids=["guided", "unguided"])
+def test_given_tokens_are_read_in_parts_as_at_once(
+    dalle: DALLE, text: Tensor, settings: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = sample_tokens(dalle, text, [4, 9], seed=0, prompt=PROMPT, settings=settings).ids
+    known[:, 9:] = FREE
+    found = []
+    for at_once in (2, 64):
+        monkeypatch.setattr(decoding, "_READ_AT_ONCE", at_once)
+        found.append(sample_tokens(dalle, text, [4, 9], seed=1, prompt=PROMPT, settings=settings, known=known))
+    assert torch.equal(found[0].ids, found[1].ids)
+    assert found[0].log_ratio is not None and found[1].log_ratio is not None
+    assert torch.allclose(found[0].log_ratio, found[1].log_ratio, atol=1e-5)
 
 
 def test_the_ratio_of_the_guidance_passes_is_that_of_whole_passes(dalle: DALLE, text: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dalle_mini_impl import TextToImage
 from dalle_mini_impl.cli.app import main
+from dalle_mini_impl.cli.pictures import find_pictures
 from dalle_mini_impl.search import ENTRIES, GRAPH, Changes, Entry, PictureIndex
 from tests.tiny import tiny_checkpoint
 
@@ -102,6 +103,38 @@ def test_an_index_comes_back_from_disk_and_replaces_the_one_before(tmp_path: Pat
     assert loaded.entries == index.entries and loaded.folder == index.folder and loaded.clip == "hash"
     assert torch.allclose(loaded.vectors.float(), index.vectors, atol=1e-3)
     assert len(list(place.iterdir())) == 2, "the vectors of before are gone"
+
+
+def test_a_folder_is_moved_with_the_index_inside_it(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    index, _ = empty(pictures).updated(files(pictures, a="1", b="2"), Embedder())
+    index.save(pictures / "deep" / ".index")
+    moved = pictures.rename(tmp_path / "moved")
+    loaded = PictureIndex.load(moved / "deep" / ".index")
+    assert loaded.folder == moved and all(hit.path.is_file() for hit in loaded.search(index.vectors[0]))
+    embed = Embedder()
+    assert loaded.updated([moved / "a", moved / "b"], embed)[1].kept == 2 and embed.asked == []
+
+
+def test_what_else_lies_in_its_folder_stays(tmp_path: Path) -> None:
+    for name in ("photos-vectors.npy", "2023-vectors.npy", "readme.txt"):
+        (tmp_path / name).write_text("somebody's")
+    index, _ = empty(tmp_path).updated([], Embedder())
+    for _ in range(2):
+        index.save(tmp_path)
+    assert sum(path.read_bytes() == b"somebody's" for path in tmp_path.iterdir()) == 3
+    assert len(list(tmp_path.glob("00*-vectors.npy"))) == 1
+
+
+def test_where_nothing_has_changed_the_graph_stays(tmp_path: Path) -> None:
+    embed = Embedder()
+    first, _ = empty(tmp_path).updated(files(tmp_path, c="3"), embed)
+    second, _ = first.updated(files(tmp_path, a="1"), embed)
+    assert [entry.path for entry in second.entries] == ["c", "a"]
+    graph = second.with_graph()
+    again, changes = graph.updated(sorted([tmp_path / "a", tmp_path / "c"]), embed)
+    assert changes.kept == 2 and again.graph is graph.graph and again.entries == second.entries
 
 
 def large(folder: Path, number: int = 3000) -> PictureIndex:
@@ -208,6 +241,33 @@ def test_an_index_that_cant_have_a_graph_says_so_before_it_embeds(
     assert run("index", str(drawn), "--index", str(tmp_path / "index"), "--approximate") == 2
     assert "needs the library usearch" in capsys.readouterr().err
     assert not (tmp_path / "index").exists()
+
+
+def test_what_is_left_out_and_where_nothing_can_be_written_is_said(
+    drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    (pictures / ".thumbnails").mkdir(parents=True)
+    one = next(drawn.glob("a*.png")).read_bytes()
+    for name in ("one.png", "._one.png", ".thumbnails/one.png"):
+        (pictures / name).write_bytes(one)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "two.png").write_bytes(one)
+    (pictures / "linked").symlink_to(tmp_path / "elsewhere")
+    (pictures / "gone.png").symlink_to(tmp_path / "nothing.png")
+    assert [path.relative_to(pictures).as_posix() for path in find_pictures([pictures])] == [
+        "linked/two.png",
+        "one.png",
+    ]
+    (tmp_path / "file").touch()
+    assert run("index", str(pictures), "--index", str(tmp_path / "file" / "index")) == 1
+    assert "nothing has been done yet" in capsys.readouterr().err
+    assert run("index", str(pictures)) == 0
+    (pictures / "one.png").unlink()
+    (tmp_path / "elsewhere" / "two.png").write_bytes(one[:200])
+    assert run("search", "a heart", "--index", str(pictures), "--out", str(tmp_path / "out")) == 0
+    said = capsys.readouterr().err
+    assert "1 of them are no longer there" in said and "left out" in said and "two.png" in said
 
 
 def test_the_index_lies_beside_the_pictures_unless_told_otherwise(

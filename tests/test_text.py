@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import typer
+from PIL import Image
 
 import dalle_mini_impl
 from dalle_mini_impl.config import TextConfig
@@ -195,6 +197,20 @@ def test_tokenizer_script_trains_on_lines(tmp_path: Path, capsys: pytest.Capture
     train_tokenizer(str(tmp_path / "captions.txt"), out, None, ["text.vocab_size=400"])
     assert TextTokenizer.load(out).fingerprint == TextTokenizer.train(CAPTIONS, 400).fingerprint
     assert "400 captions" in capsys.readouterr().out
+
+
+def test_tokenizer_script_takes_a_table_for_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        Image.new("RGB", (16, 16), (9 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,a shape of colour {number}" for number in range(20)]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    out, changes = tmp_path / "tokenizer.model", ["text.vocab_size=300", "data.image_size=16"]
+    train_tokenizer(str(tmp_path / "captions.txt"), out, None, changes, tmp_path / "prepared")
+    said = capsys.readouterr().out
+    assert "captions" in said and "20 captions" not in said, "those of the held-out pictures are left out"
+    with pytest.raises(typer.Exit):
+        train_tokenizer(str(tmp_path / "captions.txt"), tmp_path / "0.png" / "x", None, changes, tmp_path / "prepared")
+    assert "0.png" in capsys.readouterr().err
 
 
 def test_the_shipped_tokenizer_is_the_checkpoints_own() -> None:

@@ -18,6 +18,7 @@ from dalle_mini_impl.data.token_cache import images_from_pixels
 from dalle_mini_impl.decoding import Branches
 from dalle_mini_impl.engine import Engine
 from dalle_mini_impl.filters import choose, guidance_scales
+from dalle_mini_impl.layers.prefix import ImagePrefix
 from dalle_mini_impl.noise import gumbel_noise, noise_key
 from dalle_mini_impl.sampling import every_row, log_likelihood_ratio, sample_rows
 from dalle_mini_impl.stream import NULL, PAD, Stream
@@ -53,6 +54,16 @@ def _embeddings(count: int = 4) -> Tensor:
 
 def _images(batch: int = 4) -> Tensor:
     return torch.randint(0, STREAM.image_vocab, (batch, N), generator=torch.Generator().manual_seed(6))
+
+
+@torch.no_grad()
+def test_what_an_embedding_becomes_doesnt_depend_on_the_others() -> None:
+    prefix = ImagePrefix(128, 4, 64).eval()
+    vectors = F.normalize(torch.randn(16, 128, generator=torch.Generator().manual_seed(1)), dim=1)
+    together = prefix(vectors, 16)
+    for count in (1, 2, 3, 5):
+        assert torch.equal(prefix(vectors[:count], count), together[:count])
+    assert torch.allclose(together, prefix.train()(vectors, 16), atol=1e-5)
 
 
 @torch.no_grad()

@@ -52,12 +52,13 @@ def test_a_variation_keeps_its_share_and_its_prompt(model: TextToImage, checkpoi
     page = Page(model, str(checkpoint), tmp_path)
     *_, (shown, _) = page.draw(PROMPT, 2, 1, 0, *SAMPLER)
     origin = shown[0][0]
-    *_, (varied, _) = page.vary(origin, "", 0.5, 3, 3, 7)
+    *_, (varied, _) = page.vary(origin, "", 0.5, 3, 3, 7, 1.5, 0.9, 0.8)
     before = read_metadata(origin)
     for file, _ in varied:
         facts = read_metadata(file)
         assert facts["prompt"] == PROMPT and facts["tokens"][:8] == before["tokens"][:8]
         assert facts["seed"] == 7
+        assert [facts["settings"][name] for name in ("guidance", "temperature", "top_p")] == [1.5, 0.9, 0.8]
 
 
 def test_bad_input_is_said_in_words(model: TextToImage, checkpoint: Path, tmp_path: Path) -> None:
@@ -65,11 +66,13 @@ def test_bad_input_is_said_in_words(model: TextToImage, checkpoint: Path, tmp_pa
     with pytest.raises(gr.Error, match="what is to be drawn"):
         next(page.draw("  ", 2, 1, 0, *SAMPLER))
     with pytest.raises(gr.Error, match="choose a picture first"):
-        next(page.vary(None, PROMPT, 0.5, 2, 1, 0))
+        next(page.vary(None, PROMPT, 0.5, 2, 1, 0, *SAMPLER))
+    with pytest.raises(gr.Error, match="give a seed"):
+        next(page.draw(PROMPT, 2, 1, None, *SAMPLER))
     text = tmp_path / "notes.png"
     text.write_text("no picture")
     with pytest.raises(gr.Error, match="can't be read as a picture"):
-        next(page.vary(str(text), PROMPT, 0.5, 2, 1, 0))
+        next(page.vary(str(text), PROMPT, 0.5, 2, 1, 0, *SAMPLER))
     with pytest.raises(gr.Error, match="load a picture first"):
         page.classify(None, "a, b")
     with pytest.raises(gr.Error, match="load a picture first"):
@@ -78,6 +81,10 @@ def test_bad_input_is_said_in_words(model: TextToImage, checkpoint: Path, tmp_pa
     Image.new("RGB", (20, 20), "red").save(picture)
     with pytest.raises(gr.Error, match="at least two"):
         page.classify(str(picture), "a circle")
+    secret = tmp_path / "secret.txt"
+    secret.write_text("one\ntwo\n")
+    with pytest.raises(gr.Error, match="at least two"):  # the text is a label, not the name of a file to read
+        page.classify(str(picture), str(secret))
 
 
 def test_the_page_answers_over_http(model: TextToImage, checkpoint: Path, tmp_path: Path) -> None:
@@ -100,6 +107,13 @@ def test_the_page_answers_over_http(model: TextToImage, checkpoint: Path, tmp_pa
         red = handle_file(str(folder / "red.png"))
         answer = client.predict(red, "a red circle\na blue square", api_name="/classify")
         assert {item["label"] for item in answer["confidences"]} == {"a red circle", "a blue square"}
+        glass = tmp_path / "glass.png"
+        Image.new("RGBA", (20, 20), (255, 0, 0, 60)).save(glass)
+        answer = client.predict(handle_file(str(glass)), "a red circle\na blue square", api_name="/classify")
+        expected = Page(model, str(checkpoint), tmp_path).classify(str(glass), "a red circle\na blue square")
+        assert {
+            item["label"]: pytest.approx(item["confidence"], abs=1e-4) for item in answer["confidences"]
+        } == expected
         written = client.predict(red, 4, api_name="/caption")["data"]
         called = model.caption(Image.open(folder / "red.png"), 4)
         assert written == [[item.caption, f"{item.score:.2f}"] for item in called]
@@ -107,6 +121,41 @@ def test_the_page_answers_over_http(model: TextToImage, checkpoint: Path, tmp_pa
         assert found[0]["caption"] == "1.000 red.png" and len(found) == 3
     finally:
         page.close()
+
+
+def test_what_a_model_does_is_done_in_turn(model: TextToImage, checkpoint: Path, tmp_path: Path) -> None:
+    index = PictureIndex(tmp_path, "clip", [], torch.zeros(0, 1))
+    functions = build_page(model, str(checkpoint), index=index, files=tmp_path).fns.values()
+    queues = {function.api_name: function.concurrency_id for function in functions}
+    assert {queues[name] for name in ("draw", "vary", "classify", "caption", "search")} == {"model"}
+
+
+def test_nothing_but_what_it_drew_is_served(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (20, 20), "red").save(folder / "red.png")
+    assert _ended(["index", str(folder), "--checkpoint", str(checkpoint)]) == 0
+    launched: list[dict[str, object]] = []
+    monkeypatch.setattr(gr.Blocks, "launch", lambda _, **options: launched.append(options))
+    options = ["--checkpoint", str(checkpoint), "--index", str(folder), "--out", str(tmp_path / "out")]
+    assert _ended(["web", *options]) == 0
+    assert [each["allowed_paths"] for each in launched] == [[str(tmp_path / "out")]]
+
+
+def test_a_hit_that_was_damaged_since_is_left_out(
+    model: TextToImage, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (2000, 1000), "red").save(folder / "red.png")
+    Image.new("RGB", (20, 20), "blue").save(folder / "blue.png")
+    assert _ended(["index", str(folder), "--checkpoint", str(checkpoint)]) == 0
+    (folder / "blue.png").write_bytes(b"no picture")
+    page = Page(model, str(checkpoint), tmp_path, PictureIndex.load(folder / ".index"))
+    ((picture, label),) = page.search(PROMPT, None, 5)
+    assert label.endswith("red.png") and picture.size == (512, 256)
 
 
 def test_without_gradio_the_command_says_how_to_get_it(

@@ -12,18 +12,20 @@ import typer
 from rich.console import Console
 
 from dalle_mini_impl.config import Recipe
+from dalle_mini_impl.data.columns import read_lines
 from dalle_mini_impl.data.prepare import prepare
+from dalle_mini_impl.data.tables import is_text_table
 from dalle_mini_impl.text import TextTokenizer
 
 
 def training_captions(data: str, recipe: Recipe, prepared: Path) -> list[str]:
-    """All captions of the training pictures of a source, or the lines of a .txt file.
+    """All captions of the training pictures of a source, or the lines of a .txt file that is no table of pictures.
 
     prepared: the folder of the source's prepared pictures; made where it is missing or was made of something else.
     """
     path = Path(data)
-    if path.is_file() and path.suffix == ".txt":
-        return path.read_text(encoding="utf-8").splitlines()
+    if path.is_file() and path.suffix == ".txt" and not is_text_table(path):
+        return read_lines(path, "captions")
     pictures = prepare(data, recipe.data, prepared)
     return [caption for index in pictures.train for caption in pictures.captions[index]]
 
@@ -41,11 +43,11 @@ def train_tokenizer(
         recipe = Recipe.from_toml(config, override or []) if config else Recipe.parse({}, override or [])
         captions = training_captions(data, recipe, prepared)
         tokenizer = TextTokenizer.train(captions, recipe.text.vocab_size, seed=recipe.seed)
-    except ValueError as error:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out)
+    except (OSError, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out)
     lengths = tokenizer.lengths(captions)
     slots = tokenizer.suggest_text_length(captions, recipe.text)
     console.print(f"{tokenizer.vocab_size} pieces from {len(captions)} captions → {out}", markup=False)

@@ -31,25 +31,29 @@ BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures drawn at on
 Out = Annotated[Path, typer.Option(help="Folder of the results.")]
 
 
-def load(checkpoint: str, **settings: Any) -> tuple[TextToImage, SamplingConfig]:
-    """The checkpoint, which has to draw by picture embeddings, and its settings with some changes."""
+def load(checkpoint: str, out: Path, **settings: Any) -> tuple[TextToImage, SamplingConfig]:
+    """The checkpoint, which has to draw by picture embeddings, and its settings with some changes.
+
+    out: where the pictures are to go; OSError where nothing can be written, before anything is drawn.
+    """
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.files import check_writable
     from dalle_mini_impl.pipeline import TextToImage
     from dalle_mini_impl.unclip import embedding_clip
 
     model = TextToImage.from_pretrained(checkpoint, process_state().device)
     embedding_clip(model.bundle)
-    return model, model.settings(**settings)
+    changed = model.settings(**settings)
+    check_writable(out)
+    return model, changed
 
 
 def read_picture(path: Path) -> Image.Image:
     """A picture of any kind; ValueError that names the file where it is none, or a sheet of several."""
-    from dalle_mini_impl.cli.origin import open_picture
-    from dalle_mini_impl.sheet import is_sheet
+    from dalle_mini_impl.cli.origin import check_single, open_picture
 
     image = open_picture(path)
-    if is_sheet(path):
-        raise ValueError(f"{path} is a sheet of pictures: name one of the pictures beside it")
+    check_single(path)
     return image
 
 

@@ -48,7 +48,7 @@ def change(
     from dalle_mini_impl.pipeline import DEFAULT_STRENGTHS
 
     original = read_picture(picture)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
+    model, settings = load(checkpoint, out, guidance=guidance, temperature=temperature, upscale=upscale)
     strengths = strength or list(DEFAULT_STRENGTHS)
     ranked = model.change(
         original,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SHOWN = 3
+_CELL_PX, _LEAST_CELL_PX, _TABLE_PX = 40, 4, 4000
 
 
 def classify(
@@ -39,12 +41,16 @@ def classify(
     from dalle_mini_impl.classify import PLAIN_TEMPLATE, ZeroShotClassifier
     from dalle_mini_impl.cli.pictures import find_pictures, load_embedder, read_pictures
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.sheet import is_sheet
 
     names = read_labels(labels)
     embedder = load_embedder(checkpoint, clip, process_state().device)
     classifier = ZeroShotClassifier(embedder, names, template or [PLAIN_TEMPLATE])
+    found = find_pictures(pictures)
+    if accuracy:
+        check_folders([path for path in found if not is_sheet(path)], names)
     paths: list[Path] = []
-    probabilities = classifier.probabilities(read_pictures(find_pictures(pictures), paths))
+    probabilities = classifier.probabilities(read_pictures(found, paths))
     rows = [_row(path, names, shares) for path, shares in zip(paths, probabilities, strict=True)]
     for row in rows:
         likeliest = sorted(row["probabilities"].items(), key=lambda pair: -pair[1])[:_SHOWN]
@@ -60,14 +66,16 @@ def classify(
 
 def read_labels(text: str) -> list[str]:
     """Labels of a comma-separated text or of a file with one a line; ValueError for a file that can't be read."""
-    path = Path(text)
-    if path.suffix == ".txt" or path.is_file():
-        if not path.is_file():
-            raise ValueError(f"there is no file of labels {path}")
-        parts: Sequence[str] = path.read_text(encoding="utf-8").splitlines()
-    else:
-        parts = text.split(",")
-    return [part.strip() for part in parts if part.strip()]
+    from dalle_mini_impl.data.columns import read_lines
+
+    if text.endswith(".txt") or os.path.isfile(text):  # where Path.is_file raises for a text longer than a name may be
+        return read_lines(Path(text), "labels")
+    return split_labels(text)
+
+
+def split_labels(text: str) -> list[str]:
+    """Labels with a comma between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _row(path: Path, names: Sequence[str], shares: Tensor) -> dict[str, Any]:
@@ -78,16 +86,25 @@ def _row(path: Path, names: Sequence[str], shares: Tensor) -> dict[str, Any]:
 def count(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[list[int]]:
     """How often pictures of each true label (rows) were called each label (columns).
 
-    The true label is the name of the folder, with or without its article. Raises ValueError for one that isn't a label.
+    The true label is the name of the folder, with or without its article; `check_folders` finds those that are none.
     """
     known = {_plain(name): index for index, name in enumerate(names)}
     confusion = [[0] * len(names) for _ in names]
     for row in rows:
-        true = Path(row["file"]).resolve().parent.name
-        if _plain(true) not in known:
-            raise ValueError(f"{row['file']}: its folder {true!r} is none of the labels {', '.join(names)}")
-        confusion[known[_plain(true)]][names.index(row["label"])] += 1
+        confusion[known[_plain(_folder(Path(row["file"])))]][names.index(row["label"])] += 1
     return confusion
+
+
+def check_folders(paths: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises ValueError that names the first picture whose folder is called like none of the labels."""
+    known = {_plain(name) for name in names}
+    for path in paths:
+        if _plain(_folder(path)) not in known:
+            raise ValueError(f"{path}: its folder {_folder(path)!r} is none of the labels {', '.join(names)}")
+
+
+def _folder(path: Path) -> str:
+    return path.resolve().parent.name
 
 
 def _plain(label: str) -> str:
@@ -106,10 +123,20 @@ def _write(out: Path, rows: Sequence[dict[str, Any]], names: Sequence[str], conf
 
 
 def confusion_picture(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Image.Image:
-    """The counts as a table: true labels down, what they were called across, darker where it happens more often."""
+    """The counts as a table: true labels down, what they were called across, darker where it happens more often.
+
+    Of very many labels the cells are small, without their numbers and names.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    cell, font = 40, ImageFont.load_default(12)
+    cell, font = max(_LEAST_CELL_PX, min(_CELL_PX, _TABLE_PX // len(names))), ImageFont.load_default(12)
+    if cell < _CELL_PX // 2:
+        table = Image.new("L", (len(names), len(names)))
+        totals = [max(1, sum(counts)) for counts in confusion]
+        rows = zip(confusion, totals, strict=True)
+        table.putdata([round(255 * (1 - number / total)) for counts, total in rows for number in counts])
+        side = cell * len(names)
+        return table.resize((side, side), Image.Resampling.NEAREST)
     margin = 16 + int(max(font.getlength(name) for name in names))
     side = margin + cell * len(names)
     picture = Image.new("RGB", (side, side), "white")

@@ -19,7 +19,7 @@ from dalle_mini_impl.data.checker import check_caption
 from dalle_mini_impl.data.emoji import EmojiScene, EmojiSource
 from dalle_mini_impl.data.glyph_judge import GlyphJudge, SceneJudge
 from dalle_mini_impl.data.shapes import held_out_prompts
-from dalle_mini_impl.files import write_json
+from dalle_mini_impl.files import check_writable, write_json
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.report.drawing import RANKERS, draw_candidates, ranker_curves, scores_of
@@ -54,6 +54,7 @@ def draw_curve(
     plot = load_matplotlib()
     prompts, judge_pictures, judged_by = _prompts_and_judge(checkpoint, prompts_from, num_prompts, judge, seed)
     model = TextToImage.from_pretrained(checkpoint, process_state().device, clip)
+    check_writable(out)
     scores, quality = [], []
     with progress_bar(len(prompts) * candidates * model.dalle.stream.num_image_tokens) as progress:
         for prompt, pictures in draw_candidates(model, prompts, candidates, seed, lambda done: progress(done, 0)):
@@ -75,7 +76,6 @@ def draw_curve(
         "interval": "95 % percentile bootstrap over prompts",
         "curves": {name: [dataclasses.asdict(point) for point in points] for name, points in curves.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "curve.json", facts)
     _plot(plot, curves, facts, out / "curve.png")
     for name, points in curves.items():

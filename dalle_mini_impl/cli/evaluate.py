@@ -52,7 +52,7 @@ def evaluate(
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.evaluate import PAIRS, evaluate_shapes
     from dalle_mini_impl.evaluate_clip import evaluate_clip
-    from dalle_mini_impl.files import write_json
+    from dalle_mini_impl.files import check_writable, write_json
     from dalle_mini_impl.pipeline import TextToImage
 
     device = process_state().device
@@ -65,6 +65,9 @@ def evaluate(
         unclip=unclip,
         prior_guidance=prior_guidance,
     )
+    for file in (out, sheet):
+        if file is not None:
+            check_writable(file.parent)
     started = time.perf_counter()
     with _progress_bar(len(PAIRS) * prompts) as progress:
         reports = evaluate_shapes(
@@ -101,7 +104,6 @@ def evaluate(
     if sheet is not None:
         from dalle_mini_impl.sheet import save_sheet
 
-        sheet.parent.mkdir(parents=True, exist_ok=True)
         save_sheet(_sheet(reports), sheet)
     typer.echo(f"{len(PAIRS) * prompts * candidates} pictures in {seconds:.0f} s")
 

@@ -10,7 +10,7 @@ import typer
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A built-in name, a folder (a run's too) or a Hub id.")],
-    folder: Annotated[Path, typer.Argument(help="Folder to write; it may exist.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write: a new one, or that of another checkpoint.")],
     storage: Annotated[
         Literal["fp16", "bf16", "fp32"], typer.Option(help="Type the weights are stored in; they load as fp32.")
     ] = "fp16",
@@ -27,8 +27,9 @@ def export(
     from dataclasses import replace
 
     from dalle_mini_impl.config import Recipe
-    from dalle_mini_impl.pretrained import load_bundle, save_bundle
+    from dalle_mini_impl.pretrained import FILES, check_target, load_bundle, save_bundle
 
+    check_target(folder, checkpoint)
     bundle = load_bundle(checkpoint)
     for override in set_ or []:
         if not override.startswith("sampling."):
@@ -36,13 +37,22 @@ def export(
     recipe = Recipe.parse(bundle.recipe.model_dump(mode="json"), set_ or [], where="--set")
     bundle = replace(bundle, recipe=recipe)
     save_bundle(bundle, folder, storage=storage)
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in {".json", ".model", ".safetensors", ".md"}]
+    files = [folder / name for name in FILES if (folder / name).is_file()]
     for path in files:
         typer.echo(f"{path.stat().st_size / 1e6:8.2f} MB  {path}")
     if push_to is not None:
-        from huggingface_hub import HfApi
-
-        hub = HfApi()
-        hub.create_repo(push_to, exist_ok=True)
-        hub.upload_folder(repo_id=push_to, folder_path=folder, allow_patterns=[path.name for path in files])
+        _upload(folder, push_to, [path.name for path in files])
         typer.echo(f"uploaded to {push_to}: use it with --checkpoint {push_to}")
+
+
+def _upload(folder: Path, hub_id: str, names: list[str]) -> None:
+    from huggingface_hub import HfApi
+
+    from dalle_mini_impl.out_of_memory import first_line
+
+    try:
+        hub = HfApi()
+        hub.create_repo(hub_id, exist_ok=True)
+        hub.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=names)
+    except Exception as error:  # without a network, the libraries below it raise errors of their own
+        raise OSError(f"the Hub didn't take {hub_id} ({first_line(error)}); the copy in {folder} is whole") from None

@@ -66,8 +66,8 @@ def guide(
     each step.
     """
     from dalle_mini_impl.cli.processes import process_state
-    from dalle_mini_impl.files import write_json
-    from dalle_mini_impl.guided import Prompt
+    from dalle_mini_impl.files import check_writable, write_json
+    from dalle_mini_impl.guided import Prompt, main_text
     from dalle_mini_impl.pipeline import TextToImage
     from dalle_mini_impl.sheet import save_png, slug, to_pil
 
@@ -76,27 +76,31 @@ def guide(
     settings = read_settings({**changes, "smoothness": smoothness, "nearness": nearness, "prior": prior})
     parsed = [Prompt.parse(prompt) for prompt in prompts]
     model = TextToImage.from_pretrained(checkpoint, process_state().device, clip)
+    target = out / f"{slug(main_text(parsed))}-guided-seed{seed}.png"
+    if target.exists() and from_ not in ("noise", "dalle") and Path(from_).resolve() == target.resolve():
+        raise ValueError(f"{from_} is where the result would go: give another --out or --seed")
     start = starting_tokens(model, parsed, from_, candidates, seed)
     facts = _facts(model, checkpoint, parsed, settings, seed, from_, start)
-    name = f"{slug(facts['prompt'])}-guided-seed{seed}"
+    course = model.guide(parsed, start, seed=seed, settings=settings)
+    check_writable(out)
     frames: list[Image.Image] = []
     scores: list[dict[str, Any]] = []
     frame_every = -(-settings.steps // _MOST_FRAMES)
-    for step in _shown(model.guide(parsed, start, seed=seed, settings=settings), settings.steps):
+    for step in _shown(course, settings.steps):
         scores.append({"step": step.step, "score": step.score, "loss": step.loss})
         (picture,) = to_pil(step.picture[None])
         if step.step % frame_every == 0 or step.step == settings.steps:
             frames.append(picture)
         if every is not None and step.step % every == 0:
-            (out / f"{name}-steps").mkdir(parents=True, exist_ok=True)
-            save_png(picture, out / f"{name}-steps" / f"{step.step:04d}.png", _of_step(facts, step))
-    out.mkdir(parents=True, exist_ok=True)
-    save_png(picture, out / f"{name}.png", _of_step(facts, step))
-    write_json(out / f"{name}.json", {**facts, "start_tokens": None, "steps": scores})
+            on_the_way = target.with_name(f"{target.stem}-steps")
+            on_the_way.mkdir(exist_ok=True)
+            save_png(picture, on_the_way / f"{step.step:04d}.png", _of_step(facts, step))
+    save_png(picture, target, _of_step(facts, step))
+    write_json(target.with_suffix(".json"), {**facts, "start_tokens": None, "steps": scores})
     if animation is not Animation.none:
-        save_animation(frames, out / f"{name}.{animation.value}")
+        save_animation(frames, target.with_suffix(f".{animation.value}"))
     first, last = scores[0]["score"], scores[-1]["score"]
-    typer.echo(f"score {first:.3f} → {last:.3f} in {settings.steps} steps: {out / name}.png")
+    typer.echo(f"score {first:.3f} → {last:.3f} in {settings.steps} steps: {target}")
 
 
 def read_settings(changes: dict[str, Any]) -> GuideSettings:

@@ -26,10 +26,13 @@ def index(
     ] = None,
 ) -> None:
     """Embed a folder's pictures for `dalle-mini search`; again, and only what is new or changed is embedded."""
+    from itertools import chain
+
     import torch
 
     from dalle_mini_impl.cli.pictures import READ_AT_ONCE, find_pictures, load_embedder, read_pictures
     from dalle_mini_impl.cli.processes import process_state
+    from dalle_mini_impl.files import check_writable
     from dalle_mini_impl.nearest import WORTH_IT_FROM, NeighbourGraph
     from dalle_mini_impl.search import ENTRIES, PictureIndex
     from dalle_mini_impl.training.progress import counting
@@ -40,6 +43,7 @@ def index(
         NeighbourGraph.require()
     embedder = load_embedder(checkpoint, clip, process_state().device)
     folder, place = folder.resolve(), default_place(folder) if place is None else place
+    check_writable(place)
     before = PictureIndex(folder, embedder.name, [], torch.zeros(0, 1))
     if (place / ENTRIES).is_file():
         found = PictureIndex.load(place)
@@ -55,8 +59,10 @@ def index(
         def embed(part: Sequence[Path]) -> tuple[list[Path], Tensor]:
             nonlocal done
             read: list[Path] = []
-            pictures = list(read_pictures(part, read))
-            vectors = embedder.encode_pictures(pictures) if read else torch.zeros(0, 1)
+            pictures = read_pictures(part, read)
+            first = next(pictures, None)
+            # One after the other: 64 photographs at once are gigabytes.
+            vectors = torch.zeros(0, 1) if first is None else embedder.encode_pictures(chain([first], pictures))
             done += len(part)
             progress(done, len(paths))
             return read, vectors

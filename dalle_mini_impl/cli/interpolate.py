@@ -43,7 +43,7 @@ def interpolate(
     from dalle_mini_impl.cli.sample import common_facts
 
     ends = read_picture(first), read_picture(second)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
+    model, settings = load(checkpoint, out, guidance=guidance, temperature=temperature, upscale=upscale)
     ranked = model.interpolate(
         *ends, steps, prompt, candidates=candidates, keep=1, seed=seed, settings=settings, batch_size=batch_size
     )

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from PIL import Image, UnidentifiedImageError
-
-from dalle_mini_impl.sheet import read_metadata
+from dalle_mini_impl.sheet import is_sheet, read_metadata
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from dalle_mini_impl.pipeline import TextToImage
@@ -58,26 +57,41 @@ class Origin:
         return self.metadata.get("prompt")
 
     def tokens(self, model: TextToImage) -> Tensor:
-        """Its image ids (N,): the very ones it was drawn with, if by this model, else the VAE's."""
+        """Its image ids (N,): the very ones it was drawn with, if by this model, else the VAE's.
+
+        Raises ValueError for a sheet of pictures.
+        """
         import torch
 
+        check_single(self.path)
         if self.metadata.get("checkpoint_hash") == model.bundle.checkpoint_hash:
             return torch.tensor(self.metadata["tokens"])
         return model.tokens_of(open_picture(self.path))
 
     def known(self, model: TextToImage, share: float, mask: Path | None) -> Tensor:
         """The image ids (N,) that are kept of it, FREE for the rest."""
-        from dalle_mini_impl.editing import keep_first, keep_outside
+        from dalle_mini_impl.data.pictures import to_rgb
+        from dalle_mini_impl.editing import keep_first, keep_outside, mask_as_seen
 
         ids = self.tokens(model)
-        return keep_first(ids, share) if mask is None else keep_outside(ids, open_picture(mask))
+        if mask is None:
+            return keep_first(ids, share)
+        size = to_rgb(open_picture(self.path)).size
+        return keep_outside(ids, mask_as_seen(open_picture(mask), size, model.bundle.recipe.data.fit))
+
+
+def check_single(path: Path) -> None:
+    """Raises ValueError for a sheet of pictures."""
+    if is_sheet(path):
+        raise ValueError(f"{path} is a sheet of pictures: name one of the pictures beside it")
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture of any kind; ValueError that names the file where it is none."""
+    """A picture of any kind and size; ValueError that names the file where it is none."""
+    from dalle_mini_impl.config import DataConfig
+    from dalle_mini_impl.data import pictures
+
     try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} can't be read as a picture: {error}") from None
-    return image
+        return pictures.open_picture(path, DataConfig(min_side_px=1))
+    except pictures.PictureError as error:
+        raise ValueError(f"{path} can't be read as a picture: {error.detail}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,19 +35,27 @@ def load_embedder(checkpoint: str, clip: str | None, device: torch.device) -> Em
 
 
 def find_pictures(places: Sequence[Path]) -> list[Path]:
-    """Files as given, and all pictures below folders in the order of their names; ValueError for what isn't there."""
+    """Files as given, and all pictures below folders in the order of their names; ValueError for what isn't there.
+
+    Hidden files and folders are left out, and folders that can't be read with a word on standard error.
+    """
     from dalle_mini_impl.data.pictures import EXTENSIONS
+    from dalle_mini_impl.data.sources import walk
 
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = (path for path in place.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-            found += sorted(inside)
+            inside = (path for path in walk(place, _say_left_out) if path.suffix.lower() in EXTENSIONS)
+            found += sorted(path for path in inside if path.is_file())
         elif place.is_file():
             found.append(place)
         else:
             raise ValueError(f"{place} is neither a picture nor a folder of pictures")
     return found
+
+
+def _say_left_out(error: OSError) -> None:
+    typer.echo(f"left out {error.filename}: {error.strerror}", err=True)
 
 
 def read_pictures(paths: Sequence[Path], read: list[Path]) -> Iterator[Image.Image]:
@@ -77,3 +85,13 @@ def read_picture(path: Path) -> Image.Image:
     from dalle_mini_impl.data.pictures import open_picture, to_rgb
 
     return to_rgb(open_picture(path, DataConfig(min_side_px=1)))  # small is no reason to be left out
+
+
+def thumbnails(found: Iterable[tuple[Path, str]], side: int = 512) -> list[tuple[Image.Image, str]]:
+    """Small copies of pictures, each with its label; those that can't be read any more are named and left out."""
+    copies = []
+    for path, label in found:
+        for picture in read_pictures([path], []):
+            picture.thumbnail((side, side))
+            copies.append((picture, label))
+    return copies

@@ -27,7 +27,7 @@ def rerank(
     num_prompts: Annotated[int | None, typer.Option(min=2, help="Curve: 100, or all of a file.")] = None,
     candidates: Annotated[int | None, typer.Option(min=1, help="Curve: pictures a prompt (default 64).")] = None,
     judge: Annotated[str | None, typer.Option(help="Curve of a file: the checkpoint whose CLIP judges.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Curve: seed of scenes and pictures (default 0).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Curve: seed of scenes and pictures (default 0).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; a ranking is printed anyway.")] = None,
 ) -> None:
     """Rank a folder of pictures against a prompt, or plot quality against the number of candidates.
@@ -67,7 +67,7 @@ def rerank(
 
 def _rank_folder(embedder: Embedder, folder: Path, prompt: str, out: Path | None) -> None:
     """Prints the ranking and, with `out`, writes ranking.jsonl and sheet.png, the contact sheet of the best."""
-    from dalle_mini_impl.cli.pictures import read_picture
+    from dalle_mini_impl.cli.pictures import thumbnails
     from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
 
@@ -82,7 +82,7 @@ def _rank_folder(embedder: Embedder, folder: Path, prompt: str, out: Path | None
         for rank, (score, path) in enumerate(ranking, start=1)
     ]
     write_json_lines(out / "ranking.jsonl", lines)
-    cells = [(read_picture(path), f"{score:.3f} {path.name}") for score, path in ranking[:_SHEET_PICTURES]]
+    cells = thumbnails((path, f"{score:.3f} {path.name}") for score, path in ranking[:_SHEET_PICTURES])
     save_sheet(contact_sheet([(prompt, cells)]), out / "sheet.png")
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,10 @@ def sample(
             help="Best pictures to keep of each prompt (default 4); below 1: the share of --from's picture to keep."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same pictures.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed draws the same pictures. (default 0, or one more than --from's)"),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of the prompt; 1 is none.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is safer, above 1 wilder.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens; 0 is all.")] = None,
@@ -78,13 +82,15 @@ def sample(
     from dalle_mini_impl.cli.origin import Origin, kept_parts
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.drawn import check_counts
-    from dalle_mini_impl.files import naming
+    from dalle_mini_impl.files import check_writable, naming
     from dalle_mini_impl.pipeline import TextToImage
 
     number, share = kept_parts(keep, from_, mask)
     origin = None if from_ is None else Origin.read(from_)
     if origin is not None and origin.prompt and not prompt and prompts is None:
         prompt = [origin.prompt]
+    if seed is None:  # by its own seed a picture would be varied into itself
+        seed = 0 if origin is None or "seed" not in origin.metadata else int(origin.metadata["seed"]) + 1
     texts = read_prompts(prompt, prompts)
     number = check_counts(candidates, number)
     state = process_state()
@@ -104,7 +110,7 @@ def sample(
     known = None if origin is None else origin.known(model, share, mask)
     if state.is_main_process:
         _warn_of_cuts(model, texts)
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
     started = time.perf_counter()
     total = len(texts) * candidates * model.dalle.stream.num_image_tokens // state.num_processes
     with progress_bar(total, shown=state.is_main_process) as progress:
@@ -125,16 +131,22 @@ def sample(
 
 def read_prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
     """The prompts of the options and of a file, in order, without empty lines; ValueError where there is none."""
-    texts = list(given or [])
+    texts = [_as_text(text) for text in given or []]
     if file is not None:
-        try:
-            texts += file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"prompts can't be read from {file}: {error}") from None
+        from dalle_mini_impl.data.columns import read_lines
+
+        texts += read_lines(file, "prompts")
     texts = [text.strip() for text in texts if text.strip()]
     if not texts:
         raise ValueError('there is no prompt: give --prompt "a red heart" or --prompts FILE with a prompt a line')
     return texts
+
+
+def _as_text(given: str) -> str:
+    """An argument as a person wrote it: bytes that are no UTF-8, which Python hands on as lone surrogates, decoded."""
+    from dalle_mini_impl.data.columns import decode_text
+
+    return decode_text(given.encode("utf-8", "surrogateescape"))
 
 
 def _draw(
@@ -156,23 +168,26 @@ def _draw(
 
     at_once = max(1, _PICTURES_AT_ONCE // candidates)
     done = 0
+
+    def advance(tokens: int, _: int) -> None:
+        progress(done + tokens, 0)
+
     for first in range(0, len(prompts), at_once):
         part = prompts[first : first + at_once]
         jobs = [(prompt, candidate) for prompt in range(len(part)) for candidate in range(candidates)]
         own_jobs = jobs[state.process_index :: state.num_processes]
-
-        def advance(tokens: int, _: int, done: int = done) -> None:
-            progress(done + tokens, 0)
-
-        drawn = model.draw_jobs(
-            part, own_jobs, seed, settings=settings, known=known, batch_size=batch_size, progress=advance
-        )
-        done += len(own_jobs) * model.dalle.stream.num_image_tokens
         own: list[list[RankedPicture]] = [[] for _ in part]
-        for (prompt, _), picture in zip(own_jobs, drawn, strict=True):
-            own[prompt].append(picture)
-        # What a process would not keep of its own pictures can't be among the best of all.
-        shares = gather_object([[rank(pictures, keep) for pictures in own]])
+        for begin in range(0, len(own_jobs), _PICTURES_AT_ONCE):
+            some = own_jobs[begin : begin + _PICTURES_AT_ONCE]
+            drawn = model.draw_jobs(
+                part, some, seed, settings=settings, known=known, batch_size=batch_size, progress=advance
+            )
+            done += len(some) * model.dalle.stream.num_image_tokens
+            for (prompt, _), picture in zip(some, drawn, strict=True):
+                own[prompt].append(picture)
+            # What a process would not keep of its own pictures can't be among the best of all.
+            own = [rank(pictures, keep) for pictures in own]
+        shares = gather_object([own])
         for prompt in range(len(part)):
             yield rank([picture for share in shares for picture in share[prompt]], keep)
 
@@ -189,6 +204,7 @@ def _write(
     from dalle_mini_impl.sheet import Row, contact_sheet, save_sheet
 
     common = common_facts(model, checkpoint, settings, known)
+    ranked = chain([next(ranked)], ranked)  # drawn before the results of an earlier call are overwritten
     rows: list[Row] = []
     num_kept = 0
     with (out / "results.jsonl").open("w", encoding="utf-8") as results:
@@ -227,12 +243,15 @@ def write_picture(
 ) -> dict[str, Any]:
     """Writes one PNG of prompt `number` with its settings inside; returns its line of results.jsonl.
 
-    title: for the file's name, default the prompt. more: facts for both.
+    A file of another picture is never overwritten: the name gets a number. title: for the file's name, default the
+    prompt. more: facts for both.
     """
     from dalle_mini_impl.sheet import save_png, slug
 
     name = slug(picture.prompt if title is None else title)
-    file = f"{number:03d}-{name}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}.png"
+    stem = f"{number:03d}-{name}-rank{picture.rank}-seed{picture.seed}-candidate{picture.candidate}"
+    tokens = picture.tokens.tolist()
+    file = _free_name(out, stem, {"prompt": picture.prompt, "tokens": tokens, **common})
     facts = {
         "prompt": picture.prompt,
         "rank": picture.rank,
@@ -247,8 +266,25 @@ def write_picture(
         **more,
     }
     embedding = None if picture.embedding is None else picture.embedding.tolist()
-    save_png(picture.image, out / file, {**facts, **common, "tokens": picture.tokens.tolist(), "embedding": embedding})
+    save_png(picture.image, out / file, {**facts, **common, "tokens": tokens, "embedding": embedding})
     return facts
+
+
+def _free_name(out: Path, stem: str, facts: dict[str, Any]) -> str:
+    """The name of a PNG that isn't there yet, or holds the very picture of these facts: STEM, or STEM-2, STEM-3 …"""
+    from dalle_mini_impl.sheet import read_metadata
+
+    names = (f"{stem}.png" if number == 1 else f"{stem}-{number}.png" for number in count(1))
+    for name in names:
+        if not (out / name).exists():
+            return name
+        try:
+            before = read_metadata(out / name)
+        except (OSError, ValueError):
+            continue
+        if all(before.get(key) == facts[key] for key in ("prompt", "tokens", "settings", "checkpoint_hash")):
+            return name
+    raise AssertionError
 
 
 def _sheet_path(out: Path, last_prompt: int) -> Path:

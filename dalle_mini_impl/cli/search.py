@@ -25,7 +25,7 @@ def search(
     out: Annotated[Path | None, typer.Option(help="Folder for results.jsonl and sheet.png.")] = None,
 ) -> None:
     """Find pictures by what they show: prints score and file, best first."""
-    from dalle_mini_impl.cli.pictures import load_embedder, read_picture
+    from dalle_mini_impl.cli.pictures import load_embedder, thumbnails
     from dalle_mini_impl.cli.processes import process_state
     from dalle_mini_impl.files import write_json_lines
     from dalle_mini_impl.sheet import contact_sheet, save_sheet
@@ -36,12 +36,14 @@ def search(
     hits = open_index(place, embedder).search(query_vector(embedder, text, like), top, exact=exact)
     for hit in hits:
         typer.echo(f"{hit.score:.4f}  {hit.path}")
+    if gone := sum(not hit.path.is_file() for hit in hits):
+        typer.echo(f"{gone} of them are no longer there: bring the index up to date with dalle-mini index", err=True)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
     lines = [{"rank": rank, "score": hit.score, "file": str(hit.path)} for rank, hit in enumerate(hits, start=1)]
     write_json_lines(out / "results.jsonl", lines)
-    cells = [(read_picture(hit.path), f"{hit.score:.3f} {hit.path.name}") for hit in hits if hit.path.is_file()]
+    cells = thumbnails((hit.path, f"{hit.score:.3f} {hit.path.name}") for hit in hits if hit.path.is_file())
     title = " + ".join([*([text] if text is not None else []), *([f"like {like.name}"] if like is not None else [])])
     save_sheet(contact_sheet([(title, cells)]), out / "sheet.png")
 

@@ -41,7 +41,7 @@ def vary(
     from dalle_mini_impl.cli.sample import common_facts, label
 
     original = read_picture(picture)
-    model, settings = load(checkpoint, guidance=guidance, temperature=temperature, upscale=upscale)
+    model, settings = load(checkpoint, out, guidance=guidance, temperature=temperature, upscale=upscale)
     keep = candidates if keep is None else keep
     ranked = model.vary(
         original, prompt, candidates=candidates, keep=keep, seed=seed, settings=settings, batch_size=batch_size

@@ -38,6 +38,4 @@ def web(
         out.mkdir(parents=True, exist_ok=True)
     page = build_page(model, checkpoint, index=index, files=out)
     allowed = [str(out.resolve())] if out is not None else []
-    if index is not None:
-        allowed.append(str(index.folder))
     page.queue(default_concurrency_limit=1).launch(server_name=host, server_port=port, allowed_paths=allowed)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -130,6 +130,18 @@ def text_encoding(data: bytes) -> str:
 def decode_text(data: bytes) -> str:
     """A text in whichever encoding it is; bytes that mean nothing in it become U+FFFD."""
     return data.decode(text_encoding(data), errors="replace")
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """What stands on the lines of a text file in whichever encoding, without empty ones.
+
+    what: what the lines are. Raises ValueError that names the file where it can't be read.
+    """
+    try:
+        lines = decode_text(path.read_bytes()).splitlines()
+    except OSError as error:
+        raise ValueError(f"{what} can't be read from {path}: {error.strerror or error}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def class_caption(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -23,5 +24,9 @@ class ImagePrefix(nn.Module):
             return self.null.weight.expand(batch, -1, -1)
         if tuple(embedding.shape) != (batch, self.embed_dim):
             raise ValueError(f"embedding has shape {tuple(embedding.shape)}; expected ({batch}, {self.embed_dim})")
-        tokens = self.project(embedding).view(batch, *self.position.weight.shape) + self.position.weight
+        if self.training:
+            projected = self.project(embedding)
+        else:  # rounded from double: the last bits of a picture's own must not depend on how many are projected with it
+            projected = F.linear(embedding.double(), self.project.weight.double()).float()
+        tokens = projected.view(batch, *self.position.weight.shape) + self.position.weight
         return torch.where((embedding == 0).all(dim=1)[:, None, None], self.null.weight, tokens)
