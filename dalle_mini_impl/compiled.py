@@ -7,12 +7,16 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from dalle_mini_impl.files import flush
 
 logger = logging.getLogger("dalle_mini_impl")
 
@@ -38,7 +42,13 @@ def library(source: Path, purpose: str) -> ctypes.CDLL | None:
         return None
     try:
         flags = (*FLAGS, "-mno-avx512f") if wish == "avx2" else FLAGS
-        return ctypes.CDLL(str(_compiled(source, cache_folder(), flags)))
+        try:
+            return _loaded(source, cache_folder(), flags)
+        except FileNotFoundError:  # there is no compiler
+            raise
+        except (OSError, RuntimeError):  # no folder to keep it in
+            with tempfile.TemporaryDirectory(prefix="dalle-mini-impl-") as folder:  # for this process alone
+                return _loaded(source, Path(folder), flags)
     except (OSError, subprocess.SubprocessError) as error:
         why = _reason(error)
         logger.info("%s runs in PyTorch's operations, since its kernel can't be compiled here: %s", purpose, why)
@@ -46,8 +56,18 @@ def library(source: Path, purpose: str) -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept: $XDG_CACHE_HOME/dalle-mini-impl, ~/.cache without it."""
+    """Where compiled code is kept: $XDG_CACHE_HOME/dalle-mini-impl, else in ~/.cache; RuntimeError without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle-mini-impl"
+
+
+def _loaded(source: Path, folder: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """The library in a folder, compiled where it isn't there yet, or anew where what is there can't be loaded."""
+    built = _compiled(source, folder, flags)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError:
+        built.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(source, folder, flags)))
 
 
 def _compiled(source: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Path:
@@ -55,20 +75,32 @@ def _compiled(source: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Pat
 
     Raises OSError or SubprocessError where there is no compiler, where it fails or nothing can be written.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler (g++) found")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_SEC).stdout
+    compiler = shlex.split(os.environ.get("CXX") or "g++")  # CXX may be "ccache g++"
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler ({compiler[0]}) found")
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_SEC).stdout
     key = hashlib.sha256(b"\0".join([source.read_bytes(), " ".join(flags).encode(), version, _processor()]))
     built = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for place in (folder, built):
+        _check_owner(place)
     if not built.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # beside it, so that moving it is one step
             part = Path(scratch) / built.name
-            command = [compiler, *flags, "-o", str(part), str(source)]
+            command = [*compiler, *flags, "-o", str(part), str(source)]
             subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_SEC)
+            flush(part)  # a library of which a power cut has left a half ends the process that loads it
             part.replace(built)
     return built
+
+
+def _check_owner(place: Path) -> None:
+    """Raises PermissionError for what somebody else could have put there: it is about to be run."""
+    if not place.exists():
+        return
+    facts = place.stat()
+    if facts.st_uid != os.getuid() or facts.st_mode & stat.S_IWOTH:
+        raise PermissionError(f"{place} belongs to somebody else, or can be written by everybody")
 
 
 def _processor() -> bytes:

@@ -30,6 +30,10 @@ AheadCell = Literal["right", "below"]
 NeighbourCell = Literal["above", "above_left", "above_right", "two_left", "two_above"]
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+LEAST_PATCHES = 3
+"""Side of a picture in the discriminator after its halvings, at least."""
+MOST_CODES = 65_536
+"""What two bytes a token can tell apart."""
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -99,7 +103,7 @@ class VAEConfig(Section):
     decoder_blocks: Positive = 3
     """Residual blocks a level in the decoder."""
     quantizer: Literal["vq", "fsq", "gumbel"] = "vq"
-    codebook_size: Annotated[int, Field(ge=2, le=65_536)] = 1024
+    codebook_size: Annotated[int, Field(ge=2, le=MOST_CODES)] = 1024
     """Number of codes of vq and gumbel; fsq has the product of its levels."""
     code_dim: Positive = 8
     """Dimension of a code (vq)."""
@@ -139,6 +143,14 @@ class VAEConfig(Section):
         for levels in self.fsq_levels:
             codes *= levels
         return codes
+
+    @model_validator(mode="after")
+    def _codes_fit(self) -> Self:
+        if not 2 <= self.num_codes <= MOST_CODES:
+            raise ValueError(
+                f"vae.fsq_levels {list(self.fsq_levels)} make {self.num_codes} codes; 2 to {MOST_CODES:,} are possible"
+            )
+        return self
 
     @model_validator(mode="after")
     def _patch_fits(self) -> Self:
@@ -568,6 +580,11 @@ class Recipe(Section):
         if self.data.image_size % self.vae.downsample:
             raise ValueError(
                 f"data.image_size {self.data.image_size} is not a multiple of vae.downsample {self.vae.downsample}"
+            )
+        layers = self.vqgan.discriminator_layers
+        if "vqgan" in self.train.stages and self.data.image_size >> layers < LEAST_PATCHES:
+            raise ValueError(
+                f"vqgan.discriminator_layers {layers} are too many for data.image_size {self.data.image_size}: lower it"
             )
         if self.prior.kept_dims(self.clip.embed_dim) > self.clip.embed_dim:
             raise ValueError(f"prior.num_dims {self.prior.num_dims} exceeds clip.embed_dim {self.clip.embed_dim}")

@@ -154,6 +154,10 @@ class DALLE(nn.Module):
         """Has gradients compute the inside of the blocks again from now on, instead of keeping it."""
         self._recomputes = True
 
+    def run_plainly(self) -> None:
+        """Undoes `compile_blocks` and `checkpoint_blocks`, which are one stage's: what is copied of it begins anew."""
+        self._training_block, self._recomputes = None, False
+
     def _init_weights(self) -> None:
         """Small embeddings and heads; hidden matrices by fan-in; output projections stay zero."""
         for module in self.modules():

@@ -130,36 +130,32 @@ class Branches:
         if tokens:
             self._cache.take_back(tokens)
 
-    def add_null(self, ids: Tensor) -> Tensor:
-        """Lets the null branch catch up on the ids (n, k) read so far; null logits (n, k + 1, V) of ids 0 … k.
-
-        The null caption is read once for all pictures, and what they hold so far in one pass.
-        """
-        logits, cache = _read_null(self.engine, self._num_slots, ids)
+    def add_null(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Lets the null branch catch up on ids (n, k), of which the last is still to be read; see `_read_null`."""
+        first, likelihoods, cache = _read_null(self.engine, self._num_slots, ids)
         self._cache = self._cache.beside(cache)
         self._guided = True
-        return logits
+        return first, likelihoods
 
 
-def _read_null(engine: Engine, num_slots: int, ids: Tensor) -> tuple[Tensor, KVCache]:
-    """Reads ids (n, k) behind a null caption of so many slots: logits (n, k + 1, V) of ids 0 … k, and the cache."""
+def _read_null(engine: Engine, num_slots: int, ids: Tensor) -> tuple[Tensor, Tensor, KVCache]:
+    """Reads ids (n, k), but for the last, behind a null caption of so many slots, which is read once for all pictures.
+
+    Gives the logits (n, 1, V) of id 0, log p (n, k) of all ids, and the cache.
+    """
     logits, cache = engine.prefill(torch.full((1, num_slots), NULL, device=ids.device))
     cache = cache.expand(len(ids))
-    parts = [logits.expand(len(ids), -1)[:, None]]
-    if ids.shape[1]:
-        parts.append(engine.extend(ids, cache))
-    return torch.cat(parts, dim=1).float(), cache
+    first = logits.float().expand(len(ids), -1)[:, None]
+    parts = [_log_likelihoods(first, ids[:, :1])] if ids.shape[1] else [first.new_zeros(len(ids), 0)]
+    for start, end in _parts(ids.shape[1] - 1):
+        parts.append(_log_likelihoods(engine.extend(ids[:, start:end], cache).float(), ids[:, start + 1 : end + 1]))
+    return first, torch.cat(parts, dim=1), cache
 
 
 @torch.no_grad()
 def null_log_likelihoods(engine: Engine, num_slots: int, ids: Tensor, known: Tensor | None) -> Tensor:
     """Σ log p(x | null), (n,), of pictures (n, N), over the cells that are FREE in `known`; see `Partial`."""
-    logits, cache = engine.prefill(torch.full((1, num_slots), NULL, device=ids.device))
-    cache = cache.expand(len(ids))
-    parts = [_log_likelihoods(logits.float().expand(len(ids), -1)[:, None], ids[:, :1])]
-    for first, last in _parts(ids.shape[1] - 1):
-        parts.append(_log_likelihoods(engine.extend(ids[:, first:last], cache).float(), ids[:, first + 1 : last + 1]))
-    likelihoods = torch.cat(parts, dim=1)
+    _, likelihoods, _ = _read_null(engine, num_slots, ids)
     return likelihoods.sum(dim=1) if known is None else (likelihoods * (known == FREE)).sum(dim=1)
 
 
@@ -189,8 +185,8 @@ def decode(
     ratio = _Ratio(num_rows, known, device, has_null=guided_from < num_tokens)
     if given:
         yield _partial(ids, given, ratio)
-    for first, last in _parts(given - 1):
-        branches.read(ids[:, first:last])
+    for start, end in _parts(given - 1):
+        branches.read(ids[:, start:end])
     index = given
     left = ids[:, :0]  # what the last pass drew beyond what was kept
     while index < num_tokens:
@@ -198,11 +194,10 @@ def decode(
             yield from _decode_fixed(branches, noise, settings, known, scales, ids, index, ratio, fixed)
             return
         if guided_from <= index and not branches.guided:
-            caught_up = branches.add_null(ids[:, : max(0, index - 1)])
-            if index:
-                ratio.subtract(caught_up[:, :index], ids[:, :index], 0)
+            first_null, caught_up = branches.add_null(ids[:, :index])
+            ratio.subtract(caught_up)
         if index == 0:
-            guess, (conditional, null) = left, (branches.first, caught_up if branches.guided else None)
+            guess, (conditional, null) = left, (branches.first, first_null if branches.guided else None)
         else:
             limit = guided_from if index < guided_from else num_tokens  # a pass is either guided or not
             guess = _guess(left, ids, index, min(window - 1, limit - index - 1), known)
@@ -224,7 +219,7 @@ def decode(
 
 def _parts(count: int) -> Iterator[tuple[int, int]]:
     """Places 0 … count, some at a time: beginning and end of each part, whose logits are in memory at once."""
-    return ((first, min(count, first + _READ_AT_ONCE)) for first in range(0, count, _READ_AT_ONCE))
+    return ((start, min(count, start + _READ_AT_ONCE)) for start in range(0, count, _READ_AT_ONCE))
 
 
 def _draw(
@@ -322,9 +317,9 @@ class _Ratio:
         self.likelihood = self.likelihood + own
         self.total = self.total + own if of_null is None else self.total + (own - self._sum(of_null, start))
 
-    def subtract(self, logits: Tensor, ids: Tensor, start: int) -> None:
-        """Takes away Σ log p of ids (n, k) from `start` on under logits (n, k, V) without the caption."""
-        self.total = self.total - self._sum(_log_likelihoods(logits, ids), start)
+    def subtract(self, of_null: Tensor) -> None:
+        """Takes away log p (n, k) of the first tokens without the caption."""
+        self.total = self.total - self._sum(of_null, 0)
 
     def _sum(self, likelihoods: Tensor, start: int) -> Tensor:
         return (likelihoods * self._free[:, start : start + likelihoods.shape[1]]).sum(dim=1)

@@ -9,8 +9,7 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # names of glibc's mall
 
 
 _MADV_HUGEPAGE, _HUGE_PAGE = 14, 2 * 2**20
-_HUGE_BYTES = 2**31 - 256 * 2**20
-"""Just below the threshold above which freed memory would go back to the system."""
+_HUGE_BYTES = 2**31
 
 
 def keep_freed_memory() -> bool:
@@ -26,7 +25,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_TOP_PAD: 64 * 2**20}  # -1: never
     is_set = all(mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings.items())
     if is_set:
         _ask_for_huge_pages()

@@ -6,9 +6,12 @@ build_page(TextToImage.from_pretrained("emoji"), "emoji").launch()
 from __future__ import annotations
 
 import atexit
+import functools
+import inspect
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +39,24 @@ _IN_TURN: dict[str, Any] = {"concurrency_id": "model"}
 """All that a model does waits in one queue; with a queue each, drawing and classifying would share its memory."""
 _SWEEP_SEC, _KEPT_SEC = 3600, 86400
 """How often Gradio's copies of what it has shown are looked through, and how old they become."""
+
+
+def in_thread(thread: ThreadPoolExecutor, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, or generator function, but computed in that one thread.
+
+    Gradio calls from a thread of its own each time. Each would get OpenMP workers of its own, and with more workers
+    than cores the barriers between them become slow.
+    """
+    if not inspect.isgeneratorfunction(function):
+        return functools.wraps(function)(lambda *args: thread.submit(function, *args).result())
+
+    @functools.wraps(function)
+    def drawn_there(*args: Any) -> Iterator[Any]:
+        steps, end = function(*args), object()
+        while (step := thread.submit(next, steps, end).result()) is not end:
+            yield step
+
+    return drawn_there
 
 
 class Page:
@@ -145,6 +166,7 @@ def build_page(
         files = Path(tempfile.mkdtemp(prefix="dalle-mini-"))
         atexit.register(shutil.rmtree, files, ignore_errors=True)
     page = Page(model, checkpoint, files, index)
+    there = functools.partial(in_thread, ThreadPoolExecutor(1, "model"))
     settings = model.settings()
     blocks: gr.Blocks
     title = f"dalle-mini: {checkpoint}"
@@ -164,7 +186,8 @@ def build_page(
             status = gr.Markdown()
             gallery = _gallery("Pictures, best first; select one to vary it")
             inputs: list[Any] = [prompt, candidates, keep, seed, guidance, temperature, top_p]
-            gr.on([button.click, prompt.submit], page.draw, inputs, [gallery, status], api_name="draw", **_IN_TURN)
+            shown: list[Any] = [gallery, status]
+            gr.on([button.click, prompt.submit], there(page.draw), inputs, shown, api_name="draw", **_IN_TURN)
         with gr.Tab("Vary"):
             with gr.Row():
                 origin = _picture("Picture")
@@ -176,7 +199,7 @@ def build_page(
             new_status = gr.Markdown()
             variations = _gallery("Variations, best first")
             parts: list[Any] = [origin, new_prompt, share, candidates, keep, new_seed, guidance, temperature, top_p]
-            vary.click(page.vary, parts, [variations, new_status], api_name="vary", **_IN_TURN)
+            vary.click(there(page.vary), parts, [variations, new_status], api_name="vary", **_IN_TURN)
         gallery.select(_selected, None, origin, api_visibility="private")
         if model.embedder is not None:
             with gr.Tab("Classify"):
@@ -184,7 +207,7 @@ def build_page(
                 labels = gr.Textbox(label="Labels, a comma or a line between them", lines=3)
                 answer = gr.Label(label="What CLIP says")
                 gr.Button("Classify", variant="primary").click(
-                    page.classify, [picture, labels], answer, api_name="classify", **_IN_TURN
+                    there(page.classify), [picture, labels], answer, api_name="classify", **_IN_TURN
                 )
         if model.captioning_clip is not None:
             with gr.Tab("Caption"):
@@ -192,7 +215,7 @@ def build_page(
                 number = gr.Slider(1, 32, 8, step=1, label="Captions to write")
                 captions = gr.Dataframe(headers=["caption", "score"], label="Captions, best first", interactive=False)
                 gr.Button("Caption", variant="primary").click(
-                    page.caption, [seen, number], captions, api_name="caption", **_IN_TURN
+                    there(page.caption), [seen, number], captions, api_name="caption", **_IN_TURN
                 )
         if index is not None:
             with gr.Tab(f"Search {len(index.entries)} pictures"):
@@ -202,7 +225,7 @@ def build_page(
                 found = _gallery("Nearest first")
                 look = gr.Button("Search", variant="primary")
                 inputs = [text, like, top]
-                gr.on([look.click, text.submit], page.search, inputs, found, api_name="search", **_IN_TURN)
+                gr.on([look.click, text.submit], there(page.search), inputs, found, api_name="search", **_IN_TURN)
     return blocks
 
 

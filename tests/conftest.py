@@ -19,6 +19,12 @@ os.environ.update(
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
     COLUMNS="120",
+    MPLCONFIGDIR=f"{_CACHE.name}/matplotlib",
+    IPYTHONDIR=f"{_CACHE.name}/ipython",
+    JUPYTER_RUNTIME_DIR=f"{_CACHE.name}/jupyter",
+    GRADIO_TEMP_DIR=f"{_CACHE.name}/gradio",
+    NO_PROXY="127.0.0.1,localhost",
+    no_proxy="127.0.0.1,localhost",
 )
 if not os.environ.get("DALLE_MINI_TEST_GPU"):
     os.environ.update(CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="true")
@@ -30,6 +36,13 @@ import torch
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command leaves the tests' process as it is: what it asks of memory and threads would last to the end."""
+    monkeypatch.setattr("dalle_mini_impl.cli.app.keep_freed_memory", lambda: False)
+    monkeypatch.setattr("dalle_mini_impl.cli.app.use_all_cores", lambda: None)
 
 
 @pytest.fixture(autouse=True)

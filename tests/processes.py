@@ -37,6 +37,12 @@ Or what else happens to it, "memory:N": a gradient of more than N pictures fails
 """
 
 
+def launch_environment() -> dict[str, str]:
+    """A person's environment, in which nobody has told Accelerate of CPUs: the training has to."""
+    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    return {**environment, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+
 def train_in_processes(
     recipe: Recipe,
     data: str,
@@ -75,9 +81,13 @@ def command_in_process(arguments: Sequence[str], point: str, timeout_sec: float 
     """The exit status of ``train.py`` with some arguments, in a process that comes by a point."""
     process = _CONTEXT.Process(target=_command, args=(list(arguments), point))
     process.start()
-    process.join(timeout_sec)
-    assert process.exitcode is not None, "the process did not end"
-    return process.exitcode
+    try:
+        process.join(timeout_sec)
+        assert process.exitcode is not None, "the process did not end"
+        return process.exitcode
+    finally:
+        process.kill()
+        process.join()
 
 
 def _command(arguments: Sequence[str], point: str) -> None:
@@ -115,6 +125,7 @@ def _train(
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in {**ranks, **place}.items()})
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # no launcher of several processes sets it
     if rank in points:
         _come_by(points[rank])
     loop.SAVE_EVERY_SEC = 0.0

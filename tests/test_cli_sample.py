@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from dalle_mini_impl.native import trunk
 from dalle_mini_impl.native.kernel import kernel
 from dalle_mini_impl.pipeline import TextToImage
 from dalle_mini_impl.sheet import read_metadata, save_png
+from tests.processes import launch_environment
 from tests.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def test_two_processes_draw_what_one_draws(checkpoint: Path, drawn: Path, tmp_pa
     done = subprocess.run(
         [sys.executable, *launch.split(), "sample.py", *map(str, options)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=launch_environment(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -409,6 +409,18 @@ def test_very_many_candidates_are_drawn_some_at_a_time(
 def test_a_picture_takes_no_others_along(checkpoint: Path) -> None:
     one, *_ = TextToImage.from_pretrained(checkpoint)(PROMPTS[0], candidates=64)
     assert len(pickle.dumps(one.tokens)) < 2 * 8 * len(one.tokens)
+
+
+def test_every_option_of_the_sampler_arrives(checkpoint: Path, tmp_path: Path) -> None:
+    asked = {"guidance": 1.5, "temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.05}
+    options = [part for name, value in asked.items() for part in (f"--{name.replace('_', '-')}", value)]
+    drawn = ("--prompt", "x", "--candidates", 2, "--keep", 2, "--out", tmp_path)
+    for batch_size in (1, 2):
+        more = ("--batch-size", batch_size, *options)
+        assert _run("sample", "--checkpoint", checkpoint, *drawn, *more) == 0
+        for line in _results(tmp_path):
+            assert asked.items() <= read_metadata(tmp_path / line["file"])["settings"].items()
+    assert len(list(tmp_path.glob("0*.png"))) == 2, "the same pictures, whatever the batch"
 
 
 def test_prompts_come_in_any_encoding(tmp_path: Path) -> None:

@@ -188,6 +188,17 @@ def test_a_runaway_logit_scale_is_held_at_a_hundred() -> None:
     assert clip.contrast(vectors, vectors, keys, keys).item() == pytest.approx(at_limit)
 
 
+def test_the_contrast_is_fp32_inside_of_an_autocast() -> None:
+    """At a scale of 100, bf16 tells logits apart by half a nat."""
+    clip, images, texts, keys = _clip(), _unit(6, 0), _unit(6, 1), torch.arange(6)
+    with torch.no_grad():
+        clip.logit_scale.fill_(MAX_LOGIT_SCALE)
+    expected = clip.contrast(images, texts, keys, keys)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = clip.contrast(images, texts, keys, keys)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_scalars_have_a_dimension_and_only_siglip_has_a_bias() -> None:
     assert _clip().logit_scale.shape == (1,) and _clip().logit_bias is None
     bias = _clip("siglip").logit_bias

@@ -121,6 +121,10 @@ def test_fsq_counts_the_codes_of_its_levels() -> None:
 def test_what_would_fail_only_when_training_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"clip\.width 18 must be a multiple of clip\.heads 4"):
         Recipe.parse({}, ["clip.width=18"])
+    stages = 'train.stages=["vae", "vqgan"]'
+    with pytest.raises(ValueError, match=r"vqgan\.discriminator_layers 5 are too many for data\.image_size 64"):
+        Recipe.parse({}, ["data.image_size=64", "vqgan.discriminator_layers=5", stages])
+    Recipe.parse({}, ["data.image_size=64", "vqgan.discriminator_layers=4", stages])
     with pytest.raises(ValueError, match=r"seed: .*greater than or equal to 0 \(given -1\)"):
         Recipe.parse({}, ["seed=-1"])
 

@@ -56,6 +56,8 @@ def test_what_three_processes_share_out_is_whole_again(tmp_path: Path) -> None:
         process.start()
     for process in processes:
         process.join(120)
+        process.kill()  # one that still waits for the others
+        process.join()
     assert [process.exitcode for process in processes] == [0] * NUM_PROCESSES
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dalle_mini_impl.training.checkpoint import StateFolder
-from tests.processes import steps_done, train_in_processes
+from tests.processes import launch_environment, steps_done, train_in_processes
 from tests.test_killed import assert_same
 from tests.test_training_faults import assert_equal
 from tests.tiny import tiny_recipe
@@ -69,9 +69,8 @@ def start(launch: str, tmp_path: Path, settings: Sequence[str]) -> subprocess.Po
     options = ["--config", config, "--data", DATA, "--out", tmp_path / "run", "--stage", "vae"]
     options += [part for setting in settings for part in ("--set", setting)]
     arguments = [sys.executable, *launch.split(), "train.py", *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments, cwd=ROOT, env=launch_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 
 
@@ -120,7 +119,13 @@ def test_where_one_of_two_processes_is_killed_the_launcher_ends_and_the_run_goes
 
 
 @pytest.mark.parametrize(
-    "launch", ["", "-m accelerate.commands.launch --cpu --num_processes 1"], ids=["plain", "launch"]
+    "launch",
+    [
+        "",
+        "-m accelerate.commands.launch --cpu --num_processes 1",
+        "-m accelerate.commands.launch --config_file configs/accelerate/gpu1.yaml",
+    ],
+    ids=["plain", "launch", "gpu1"],
 )
 def test_ctrl_c_saves_the_run(launch: str, tmp_path: Path) -> None:
     """A terminal sends it to the whole group: a launcher gives up at once, the training saves its state first."""

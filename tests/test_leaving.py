@@ -95,3 +95,14 @@ def test_whoever_is_done_waits_for_the_others_and_closes(backend: str, connect: 
 def test_alone_everything_goes_its_way() -> None:
     with pytest.raises(SystemExit), ending_at_once(), leaving_together():
         sys.exit(3)
+
+
+def test_a_process_that_lost_another_says_so_in_one_line(
+    connect: Callable[[str], list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    done = connect("gloo")
+    with pytest.raises(typer.Exit) as ended, ending_at_once(), reporting_errors():
+        raise RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:29500")
+    error = capfd.readouterr().err
+    assert ended.value.exit_code == 1 and done == ["closed"]
+    assert error.startswith("error: another process has ended") and error.count("\n") == 1

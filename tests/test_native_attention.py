@@ -152,10 +152,20 @@ def test_a_sequence_s_bits_don_t_depend_on_the_others_and_all_bits_repeat(dtype:
         (gradient,) = torch.autograd.grad((out * out).sum(), qkv)
         return out, gradient
 
-    for whole, alone in zip(mixed(qkv), mixed(qkv[2:3]), strict=True):
+    expected = mixed(qkv)
+    for whole, alone in zip(expected, mixed(qkv[2:3]), strict=True):
         assert whole.dtype == dtype and torch.equal(whole[2:3], alone)
     first, second = (_pass(module, x, rope, dtype) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    threads = torch.get_num_threads()
+    try:
+        for other in (2, 3, 20):  # more than there are sequences and heads, too
+            torch.set_num_threads(other)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(mixed(qkv), expected, strict=True))
+            shared = _pass(module, x, rope, dtype)
+            assert all(torch.allclose(shared[name], first[name], rtol=1e-3, atol=1e-3) for name in first)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @each_type

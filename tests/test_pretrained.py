@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dalle_mini_impl import pretrained
-from dalle_mini_impl.pretrained import checkpoint_hash, load_bundle, resolve, save_bundle
+from dalle_mini_impl.pretrained import Storage, checkpoint_hash, load_bundle, resolve, save_bundle
 from dalle_mini_impl.text import TextTokenizer
 from tests.tiny import TINY_CAPTIONS, tiny_bundle, tiny_checkpoint
 
@@ -44,10 +44,13 @@ def test_saving_a_loaded_checkpoint_changes_nothing(folder: Path, tmp_path: Path
     assert checkpoint_hash(again) == checkpoint_hash(folder)
 
 
-def test_half_precision_storage_halves_the_file_and_loads_as_fp32(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("storage", ["fp16", "bf16"])
+def test_half_precision_storage_halves_the_file_and_loads_as_fp32(
+    storage: Storage, folder: Path, tmp_path: Path
+) -> None:
     bundle = load_bundle(folder)
     assert bundle.dalle is not None
-    save_bundle(bundle, tmp_path / "half", storage="fp16")
+    save_bundle(bundle, tmp_path / "half", storage=storage)
     full, half = ((path / "dalle.safetensors").stat().st_size for path in (folder, tmp_path / "half"))
     assert half < 0.6 * full
     loaded = load_bundle(tmp_path / "half")

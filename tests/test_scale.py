@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from dalle_mini_impl.training.loop import StageTrainer
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.sharding import Replica, Sharding
 from dalle_mini_impl.training.stages import ORDER
+from tests.processes import launch_environment
 from tests.test_training_run import DATA, lines, recipe
 from tests.test_training_tasks import vae_task
 from tests.tiny import tiny_bundle
@@ -38,8 +38,7 @@ def launch(config: str, folder: Path) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     command += [str(ROOT / "configs" / "accelerate" / f"{config}.yaml"), str(ROOT / "tests" / "two_processes.py")]
     command += [str(folder), str(folder / "recipe.json"), DATA]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=480, check=False)
+    done = subprocess.run(command, env=launch_environment(), capture_output=True, text=True, timeout=480, check=False)
     assert done.returncode == 0, done.stderr[:8000]
 
 

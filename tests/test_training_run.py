@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import tomllib
@@ -29,11 +30,13 @@ from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.files import FolderLock
 from dalle_mini_impl.pretrained import load_bundle
 from dalle_mini_impl.training import loop
+from dalle_mini_impl.training import run as run_module
 from dalle_mini_impl.training.checkpoint import StateFolder
 from dalle_mini_impl.training.processes import check_settings, make_accelerator
 from dalle_mini_impl.training.progress import MetricsLog
 from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.stages import ORDER
+from tests.processes import launch_environment
 from tests.tiny import TIMED, tiny_recipe
 
 DATA = "shapes:count=60"
@@ -86,6 +89,20 @@ def test_all_stages_make_a_checkpoint_that_loads(finished: Path) -> None:
     assert samples == {"vae-000003.png", "vae-000006.png", "dalle-000003.png", "dalle-000006.png"}
     report = json.loads((finished / "data-report.json").read_text())
     assert report["text"]["text_length"] == bundle.stream.text_length
+
+
+def test_a_stage_s_way_of_computing_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student that began as a copy of a compiled teacher would compute otherwise after a resumption."""
+    kept: list[DALLE] = []
+    save = run_module.save_bundle
+
+    def noted(bundle: Any, folder: Path) -> Path:
+        kept.append(bundle.dalle)
+        return save(bundle, folder)
+
+    monkeypatch.setattr(run_module, "save_bundle", noted)
+    assert train(recipe("train.dalle.checkpoint_gradients=true", steps=2), DATA, tmp_path / "run")
+    assert kept[-1] is not None and not kept[-1]._recomputes and kept[-1]._training_block is None
 
 
 def test_metrics_come_with_chance_and_floors(finished: Path) -> None:
@@ -546,11 +563,12 @@ def test_a_damaged_note_is_named(finished: Path, tmp_path: Path, text: str) -> N
         train_command(DATA, out)
 
 
-def test_only_the_recipe_says_what_numbers_are_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    accelerator = make_accelerator()
-    assert accelerator.mixed_precision == "no"
-    check_settings(accelerator)
+def test_only_the_recipe_says_what_numbers_are_computed_in() -> None:
+    code = "from dalle_mini_impl.training.processes import make_accelerator; print(make_accelerator().mixed_precision)"
+    environment = {**launch_environment(), "ACCELERATE_MIXED_PRECISION": "bf16"}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "no"  # in a process of its own: Accelerate asks once in each
+    check_settings(make_accelerator())
     theirs = SimpleNamespace(distributed_type=DistributedType.NO, mixed_precision="fp16")
     with pytest.raises(ValueError, match=r"mixed_precision 'fp16': set it to .no.; train\.STAGE\.precision"):
         check_settings(theirs)  # type: ignore[arg-type]

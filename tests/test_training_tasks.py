@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dalle_mini_impl.clip import CLIP, MAX_LOGIT_SCALE
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache
@@ -20,6 +22,7 @@ from dalle_mini_impl.stream import NULL, PAD
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, BatchOrder, split_batch
 from dalle_mini_impl.training.task import EvaluationContext, StepContext, Task
+from dalle_mini_impl.training.tasks import clip as clip_module
 from dalle_mini_impl.training.tasks.clip import CLIPTask, _trimmed
 from dalle_mini_impl.training.tasks.dalle import DALLETask
 from dalle_mini_impl.training.tasks.vae import VAETask
@@ -187,7 +190,7 @@ def test_captions_are_dropped_at_the_rate_the_recipe_says() -> None:
         items = BatchOrder(task.num_items, 12, seed=0).items(positions)
         text = task.batch(items, positions)["text"]
         captioned = torch.tensor([bool(task.data.captions[i]) for i in task.data.train[items]])
-        is_null = ((text == NULL) | (text == PAD)).all(dim=1)
+        is_null = (text == NULL).all(dim=1)
         assert bool(is_null[~captioned].all())  # pictures without a caption train the null caption
         dropped, total = dropped + int(is_null[captioned].sum()), total + int(captioned.sum())
     assert dropped / total == pytest.approx(0.3, abs=0.05)
@@ -228,6 +231,32 @@ def test_a_vae_of_moved_views_is_trained_on_moved_pictures() -> None:
         seen.update(found)
     assert len(seen) > 3
     assert torch.equal(batch_of(moving)["pixels"], batch_of(moving)["pixels"]), "a pure function of the position"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 1 / 3, 0.5])
+def test_as_many_samples_are_read_as_the_recipe_says(share: float) -> None:
+    reads = dalle_task(f"dalle.reading_share={share}")._reads(np.arange(10_000))
+    assert int(reads.sum()) == pytest.approx(10_000 * share, abs=1)
+    assert bool(reads[0]) and max(np.diff(np.flatnonzero(reads))) <= math.ceil(1 / share)
+
+
+def test_captions_are_only_read_through_for_changes_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(clip_module, "CaptionChanger", lambda captions: read.append(len(list(captions))))
+    clip_task()
+    clip_task("clip.hard_negatives=1")
+    assert read[0] == 0 < read[1]
+
+
+def test_a_scale_beyond_its_limit_comes_back_to_it() -> None:
+    task = clip_task()
+    model = cast(CLIP, task.model)
+    with torch.no_grad():
+        model.logit_scale.fill_(50.0)
+    task.after_step(model, torch.Generator())
+    assert model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    model.contrast(torch.eye(2, 8), torch.eye(2, 8).flip(0), torch.arange(2), torch.arange(2)).backward()
+    assert model.logit_scale.grad is not None and model.logit_scale.grad.item() > 0
 
 
 def test_every_fourth_sample_is_read_and_keeps_its_caption() -> None:

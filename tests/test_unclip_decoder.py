@@ -181,7 +181,10 @@ def test_the_null_branch_ignores_the_embedding() -> None:
     for embeddings in (_embeddings(), _embeddings().flip(0)):
         branches = Branches(Engine(dalle), text[:1], torch.zeros(4, dtype=torch.long), embeddings)
         branches.read(images[:, :2])
-        assert torch.allclose(branches.add_null(images[:, :2]), null[:, :3], atol=1e-5)
+        first, likelihoods = branches.add_null(images[:, :3])
+        assert torch.allclose(first[:, 0], null[:, 0], atol=1e-5)
+        expected = null[:, :3].log_softmax(dim=-1).gather(2, images[:, :3, None])[..., 0]
+        assert torch.allclose(likelihoods, expected, atol=1e-5)
         conditional, of_null = branches.read(images[:, 2:3])
         assert of_null is not None and torch.allclose(of_null[:, 0], null[:, 3], atol=1e-5)
         assert torch.allclose(conditional[:, 0], dalle(text, images, None, embeddings)[1][:, 3], atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from dalle_mini_impl.training.run import train
 from dalle_mini_impl.training.task import StepContext
 from dalle_mini_impl.training.tasks.upscale import UpscaleTask
 from dalle_mini_impl.vae.upsampler import Upscaler, enlarge, inputs_of
-from tests.test_training_run import DATA, recipe
+from tests.processes import train_in_processes
+from tests.test_training_run import DATA, lines, recipe
 from tests.test_training_tasks import batch_of, data, gradients, token_cache
 from tests.tiny import randomize, tiny_bundle
 
@@ -143,12 +145,14 @@ def test_an_upscaler_can_fit_pictures() -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+QUICK = ["steps=6", "batch_size=8", "evaluations=2", "warmup_steps=3", "precision=fp32", "optimizer=adamw"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose recipe asks for an upscaler."""
-    quick = ["steps=6", "batch_size=8", "evaluations=2", "warmup_steps=3", "precision=fp32", "optimizer=adamw"]
     out = tmp_path_factory.mktemp("runs") / "upscale"
-    assert train(recipe(*SMALL, *(f"train.upscale.{value}" for value in quick)), DATA, out)
+    assert train(recipe(*SMALL, *(f"train.upscale.{value}" for value in QUICK)), DATA, out)
     return out
 
 
@@ -173,6 +177,19 @@ def test_a_finished_run_gains_an_upscaler(finished: Path, tmp_path: Path) -> Non
     quick = ["train.upscale.steps=2", "train.upscale.batch_size=8", "train.upscale.precision=fp32"]
     assert train(recipe(*SMALL, *quick), DATA, out, stages=["upscale"])
     assert load_bundle(out).upscale is not None
+
+
+def test_two_processes_train_what_one_does(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "two")
+    shutil.rmtree(out / "state" / "upscale")
+    own = recipe(*SMALL, *(f"train.upscale.{value}" for value in QUICK))
+    before = lines(finished, "upscale")
+    assert train_in_processes(own, DATA, out, world_size=2, stages=["upscale"]) == [0, 0]
+    for ours, theirs in zip(lines(out, "upscale")[len(before) :], before, strict=True):
+        assert ours.pop("stage") == theirs.pop("stage")
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-4)
+    one, two = (load_file(run / "checkpoint" / "upscale.safetensors") for run in (finished, out))
+    assert all(torch.allclose(weight, two[name], atol=1e-4) for name, weight in one.items())
 
 
 def _run(*arguments: object) -> int:

@@ -142,6 +142,7 @@ def test_nothing_but_what_it_drew_is_served(
     options = ["--checkpoint", str(checkpoint), "--index", str(folder), "--out", str(tmp_path / "out")]
     assert _ended(["web", *options]) == 0
     assert [each["allowed_paths"] for each in launched] == [[str(tmp_path / "out")]]
+    assert [each["server_name"] for each in launched] == ["127.0.0.1"], "other machines are let in when asked to"
 
 
 def test_a_hit_that_was_damaged_since_is_left_out(

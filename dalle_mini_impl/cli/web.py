@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,9 @@ def web(
     from dalle_mini_impl.pipeline import TextToImage
     from dalle_mini_impl.web import build_page
 
-    model = TextToImage.from_pretrained(checkpoint, process_state().device, clip)
+    device = process_state().device
+    with ThreadPoolExecutor(1) as loader:  # whose OpenMP workers end with it: the page computes in another thread
+        model = loader.submit(TextToImage.from_pretrained, checkpoint, device, clip).result()
     if place is not None and model.embedder is None:
         raise ValueError(
             f"checkpoint {checkpoint!r} has no CLIP to search with: name one by --clip, or leave out --index"

@@ -17,13 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.config import View
+from dalle_mini_impl.config import MOST_CODES, View
 from dalle_mini_impl.data.array_cache import Workers, build_array, open_array, weights_digest
 from dalle_mini_impl.data.views import apply_view
 from dalle_mini_impl.out_of_memory import FittingChunks
 from dalle_mini_impl.vae.model import DiscreteVAE
 
-MAX_CODES = 1 << 16
 _NAME = "tokens"
 
 
@@ -87,8 +86,8 @@ class TokenCache:
         progress: called with the pictures done and to do by this process.
         Raises ValueError for more codes than an uint16 holds.
         """
-        if vae.num_codes > MAX_CODES:
-            raise ValueError(f"the id cache holds up to {MAX_CODES} codes; the VAE has {vae.num_codes}")
+        if vae.num_codes > MOST_CODES:
+            raise ValueError(f"the id cache holds up to {MOST_CODES} codes; the VAE has {vae.num_codes}")
         build_array(
             folder,
             _NAME,

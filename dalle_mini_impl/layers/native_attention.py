@@ -109,7 +109,7 @@ def _forward(
     """Mixed (B, L, heads × D) in qkv's type, and the logarithms of the softmax's sums, (B, heads, L) fp32."""
     batch, length, width = qkv.shape
     mixed = qkv.new_empty((batch, length, width // 3))
-    log_sums = torch.empty((batch, heads, length))
+    log_sums = query_weight.new_empty((batch, heads, length))
     tensors = [qkv, query_weight, key_weight, cos, sin, mixed, log_sums, None, None, None, None]
     _run("attend_forward", tensors, qkv, heads, is_causal)
     return mixed, log_sums

@@ -23,11 +23,12 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, *, is_packed: bool = True) -> None:
-        self.weight = weight
+        self._weight: Any = weight
         self._packed: Any = None
         if is_packed and can_pack(weight.device, weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
             self._product, self._sum = _kernels()
+            self._weight = None  # not kept twice
 
     def __call__(self, x: Tensor) -> Tensor:
         """x Wᵀ."""
@@ -40,13 +41,13 @@ class PackedLinear:
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """x Wᵀ + other; other (..., N)."""
         if self._packed is None:
-            return other + F.linear(x, self.weight)
+            return other + F.linear(x, self._weight)
         total: Tensor = self._sum(x, other, self._packed, None, "add")
         return total
 
     def _run(self, x: Tensor, then: str) -> Tensor:
         if self._packed is None:
-            y = F.linear(x, self.weight)
+            y = F.linear(x, self._weight)
             return F.relu(y) if then == "relu" else y
         product: Tensor = self._product(x, self._packed, None, then, [], "")
         return product

@@ -41,13 +41,14 @@ def choose(
     library = kernel()
     assert library is not None
     pictures, tokens, vocab = conditional.shape
-    conditional = conditional.contiguous()
-    null = None if null is None else null.contiguous()
-    scales = scales.contiguous()
+    # The kernel takes what it is given for fp32, whatever PyTorch's default type was when that was made.
+    conditional = conditional.float().contiguous()
+    null = None if null is None else null.float().contiguous()
+    scales, noise = scales.float().contiguous(), noise.float()
     if noise.stride(2) != 1 or (tokens > 1 and noise.stride(1) != vocab):
         noise = noise.contiguous()
-    ids = torch.empty((pictures, tokens), dtype=torch.long)
-    likelihoods = torch.empty((2, pictures, tokens))
+    ids = conditional.new_empty((pictures, tokens), dtype=torch.long)
+    likelihoods = conditional.new_empty((2, pictures, tokens))
     choice = _Choice(
         conditional=conditional.data_ptr(),
         null=None if null is None else null.data_ptr(),

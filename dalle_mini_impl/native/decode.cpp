@@ -493,8 +493,12 @@ void forward(const Model& m, const Pass& p, const Part& part, Pad<T>& pad) {
                      });
 }
 
+// Threads of this thread's latest pass: for another number OpenMP would end some, and start them again for the next.
+thread_local int team = 1;
+
 template <class T>
 void run(const Model& m, const Pass& p) {
+    team = static_cast<int>(p.threads);
     static thread_local Pad<T> kept;
     Pad<T>& pad = kept;  // the caller's, for all threads
     pad.fit(static_cast<int>(p.batch * p.count), m);
@@ -618,7 +622,8 @@ void run_choice(const Choice* choice) {
     const Choice& c = *choice;
     const int size = static_cast<int>(c.vocab);
     const int64_t rows = c.pictures * c.tokens;
-#pragma omp parallel num_threads(static_cast<int>(c.threads < rows ? c.threads : rows))
+    const int wanted = static_cast<int>(c.threads < rows ? c.threads : rows);
+#pragma omp parallel num_threads(team > wanted ? team : wanted)
     {
         std::vector<float> scaled(whole(size)), noisy(whole(size)), weights(whole(size));
         pad_with(scaled.data(), size, LEAST);

@@ -111,7 +111,8 @@ class NativeCache(KVCache):
         if self.length != self.prompt_length:
             return super().select(rows)
         layers, _, heads, capacity, head_dim = self.values.shape
-        chosen = self.allocate(layers, len(rows), heads, capacity - self.length, head_dim, dtype=self.values.dtype)
+        kind, device = self.values.dtype, self.values.device
+        chosen = self.allocate(layers, len(rows), heads, capacity - self.length, head_dim, dtype=kind, device=device)
         chosen.length = chosen.prompt_length = self.length
         chosen.last.copy_(self.last.index_select(2, rows))
         chosen.prompts, chosen.owners = self, rows.contiguous()
@@ -203,15 +204,20 @@ class NativeTrunk:
 
         only_last: logits (B, 1, vocab) of the last token alone.
         """
-        batch, count, _ = x.shape
+        batch, count, dim = x.shape
+        if dim != self.dim or len(slots) != count or batch != cache.values.shape[1]:
+            raise ValueError(
+                f"tokens {tuple(x.shape)} in {len(slots)} slots don't fit a cache of {cache.values.shape[1]} rows and "
+                f"a model of {self.dim} numbers a token"
+            )
         cache.check_room(count)
         x = x.float().contiguous()
         slots = slots.contiguous()
-        logits = torch.empty((batch, 1 if only_last else count, self.vocab))
+        logits = x.new_empty((batch, 1 if only_last else count, self.vocab))
         latest = None
         cache.latest.clear()
         if count > 1 and self._shifts:
-            latest = torch.empty((*cache.last.shape[:3], count + 1, self.dim))
+            latest = x.new_empty((*cache.last.shape[:3], count + 1, self.dim))
             cache.latest.update({(i, j): latest[i, j] for i in range(len(latest)) for j in range(2)})
         prompts, owners = cache.prompts, cache.owners
         the_pass = _Pass(

@@ -401,6 +401,7 @@ class Run:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         if isinstance(model, DALLE):
             model.look_ahead = None
+            model.run_plainly()
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
         for later, name in FURTHER.items():
             if stage == name:

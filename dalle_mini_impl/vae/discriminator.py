@@ -7,6 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dalle_mini_impl.config import LEAST_PATCHES
 from dalle_mini_impl.vae.backbone import ChannelNorm
 
 AdversarialLoss = Literal["hinge", "nonsaturating"]
@@ -40,7 +41,7 @@ class PatchDiscriminator(nn.Module):
         Raises ValueError for pictures too small for the number of layers.
         """
         halvings = sum(getattr(layer, "stride", None) == (2, 2) for layer in self.layers)
-        if images.shape[-1] >> halvings < 3:
+        if images.shape[-1] >> halvings < LEAST_PATCHES:
             raise ValueError(
                 f"pictures of {images.shape[-1]} pixels are too small for {halvings} layers of the discriminator: "
                 f"lower vqgan.discriminator_layers"

@@ -59,8 +59,8 @@ def logit_laplace_nll(images: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor
 
 
 def from_logit_laplace(mean: Tensor) -> Tensor:
-    """Pictures in [0, 1] from the logit-Laplace mean."""
-    return ((mean.sigmoid() - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)).clamp(0, 1)
+    """Pictures, nominally in [0, 1], from the logit-Laplace mean; not clamped: a clamp has no gradient beyond."""
+    return (mean.sigmoid() - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)
 
 
 def mixed_loss(images: Tensor, reconstruction: Tensor, config: VAEConfig) -> dict[str, Tensor]:

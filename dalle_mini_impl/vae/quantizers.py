@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import VAEConfig
+from dalle_mini_impl.precision import autocast_off
 
 SOFTNESS = 0.05
 """Temperature of the soft assignment, in cosine similarity, by which the use of codes is balanced."""
@@ -222,12 +223,18 @@ class VectorQuantizer(Quantizer):
         self.updates += 1
         self._has_codebook = True
 
+    def _cosines(self, rows: Tensor) -> Tensor:
+        """Of rows (n, C) with all codes, (n, K), fp32 inside of any autocast: bf16 doesn't tell near codes apart."""
+        with autocast_off(rows.device):
+            cosines: Tensor = rows @ self.codebook.t()
+        return cosines
+
     def _nearest(self, rows: Tensor) -> Tensor:
-        return (rows @ self.codebook.t()).argmax(dim=1)
+        return self._cosines(rows).argmax(dim=1)
 
     def _soft(self, rows: Tensor) -> Tensor:
         """Mean soft assignment (K,) of rows (n, C)."""
-        return (rows @ self.codebook.t() / SOFTNESS).softmax(dim=1).mean(dim=0)
+        return (self._cosines(rows) / SOFTNESS).softmax(dim=1).mean(dim=0)
 
     def _imbalance(self, rows: Tensor) -> Tensor:
         """ln K minus the entropy of the global batch's mean soft assignment, 0-d nats: 0 where codes are used alike.

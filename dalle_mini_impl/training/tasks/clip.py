@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dalle_mini_impl.clip import CLIP
+from dalle_mini_impl.clip import CLIP, MAX_LOGIT_SCALE, cosines
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels
@@ -19,6 +19,7 @@ from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
 from dalle_mini_impl.training.batches import Batch, Indices, derive_seed, rows_where, sample_rng
+from dalle_mini_impl.training.dtensors import local
 from dalle_mini_impl.training.hard_negatives import CaptionChanger
 from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks.base import BaseTask, captioned, check_captioned, encode, pick_caption
@@ -49,7 +50,8 @@ class CLIPTask(BaseTask):
         self.text_length = model.text_length
         self.captioned = captioned(data, data.train)
         self.num_negatives = recipe.clip.hard_negatives
-        self.changer = CaptionChanger(c for i in self.captioned for c in data.captions[i])
+        captions = (c for i in self.captioned for c in data.captions[i] if self.num_negatives)
+        self.changer = CaptionChanger(captions)
         check_captioned(self.stage, self.captioned)
         self.num_items = len(self.captioned)
         self.decoder = decoder
@@ -125,7 +127,7 @@ class CLIPTask(BaseTask):
             loss = clip.contrast(images, flat_texts, keys[:, 0], flat_keys)
         image_grad, text_grad, *self._scale_grads = torch.autograd.grad(loss, inputs)
         with torch.no_grad():
-            found = (flat_keys[(images @ flat_texts.t()).argmax(dim=1)] == keys[:, 0]).float().mean()
+            found = (flat_keys[cosines(images, flat_texts).argmax(dim=1)] == keys[:, 0]).float().mean()
         self._global = {"loss": loss.detach(), "batch_recall": found, "logit_scale": clip.logit_scale.detach().exp()[0]}
         start = self.accelerator.process_index * sum(sizes)
         rows = slice(start, start + sum(sizes))
@@ -169,6 +171,11 @@ class CLIPTask(BaseTask):
             with torch.no_grad():
                 images[rows] = self.decoder[0].decode(batch["ids"][rows])
         return shift_images(images, batch["shift"], self.max_shift)
+
+    def after_step(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Holds the scale at its limit: beyond it the loss has no gradient that would bring it back."""
+        with torch.no_grad():
+            local(cast(CLIP, model).logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 
     def evaluate(self, model: nn.Module, context: EvaluationContext) -> dict[str, float]:
         """Loss beside ln B, recall@1 and @5 in both directions beside chance."""

@@ -23,6 +23,9 @@ from dalle_mini_impl.training.task import EvaluationContext, StepContext
 from dalle_mini_impl.training.tasks.base import BaseTask, encode, pick_caption
 from dalle_mini_impl.vae.model import DiscreteVAE
 
+_ROUNDING = 1e-9
+"""More than a product of a share and a position may be too small by."""
+
 
 class DALLETask(BaseTask):
     """Captions and the ids of their pictures."""
@@ -74,6 +77,7 @@ class DALLETask(BaseTask):
         views = np.array([rng.integers(self.cache.num_views) for rng in rngs], dtype=np.int64)
         text = []
         is_dropped = torch.tensor([rng.random() < config.caption_dropout for rng in rngs]) & ~self._reads(positions)
+        is_missing = torch.tensor([not self.data.captions[index] for index in self.data.train[items]])
         for index, rng in zip(self.data.train[items], rngs, strict=True):
             captions = self.data.captions[index]
             caption = pick_caption(captions, rng) if captions else None
@@ -81,14 +85,16 @@ class DALLETask(BaseTask):
             if caption is None:  # the null caption has to be learned in every number of slots
                 text[-1][int(rng.integers(1, self.stream.text_length + 1)) :] = PAD
         text_ids = torch.stack(text)
-        return torch.where(is_dropped[:, None], self.stream.null_captions(text_ids), text_ids), views, rngs
+        is_null = (is_dropped | is_missing)[:, None]
+        return torch.where(is_null, self.stream.null_captions(text_ids), text_ids), views, rngs
 
     def _reads(self, positions: Indices) -> Tensor:
-        """Which samples (B,) are read instead of drawn: every n-th."""
+        """Which samples (B,) are read instead of drawn: evenly spread, every n-th where the share is 1 / n."""
         share = self.recipe.dalle.reading_share
         if share == 0:
             return torch.zeros(len(positions), dtype=torch.bool)
-        return torch.from_numpy(positions % round(1 / share) == 0)
+        due = positions * share + _ROUNDING
+        return torch.from_numpy(np.floor(due) > np.floor(due - share))
 
     def batch(self, items: Indices, positions: Indices) -> Batch:
         """Caption ids (B, T), image ids (B, N) to predict and to read, views (B,), and which captions are read.
