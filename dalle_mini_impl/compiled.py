@@ -16,8 +16,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from dalle_mini_impl.files import flush
-
 logger = logging.getLogger("dalle_mini_impl")
 
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
@@ -89,7 +87,8 @@ def _compiled(source: Path, folder: Path, flags: tuple[str, ...] = FLAGS) -> Pat
             part = Path(scratch) / built.name
             command = [*compiler, *flags, "-o", str(part), str(source)]
             subprocess.run(command, capture_output=True, check=True, timeout=_TIMEOUT_SEC)
-            flush(part)  # a library of which a power cut has left a half ends the process that loads it
+            with part.open("rb+") as file:  # a library of which a power cut has left a half ends whoever loads it
+                os.fsync(file.fileno())
             part.replace(built)
     return built
 

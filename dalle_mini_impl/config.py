@@ -29,6 +29,8 @@ AttentionPattern = Literal["full", "row", "column", "conv"]
 AheadCell = Literal["right", "below"]
 NeighbourCell = Literal["above", "above_left", "above_right", "two_left", "two_above"]
 
+Fit = Literal["crop", "pad", "stretch"]
+"""How a picture becomes a square."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 LEAST_PATCHES = 3
 """Side of a picture in the discriminator after its halvings, at least."""
@@ -48,7 +50,7 @@ class DataConfig(Section):
 
     image_size: Annotated[int, Field(ge=8, le=1024)] = 64
     """Side of the square pictures in pixels."""
-    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fit: Fit = "crop"
     """How a picture that isn't square becomes one: centre crop, white borders, or stretching."""
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of pictures held out by content hash where the source states no validation split."""

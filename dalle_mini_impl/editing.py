@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.pictures import Fit
+from dalle_mini_impl.config import Fit
 from dalle_mini_impl.decoding import FREE
 
 _SHAPES_DIFFER = 0.02

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle_mini_impl.clip import CLIP
-from dalle_mini_impl.data.pictures import Fit, to_rgb, to_square
+from dalle_mini_impl.config import Fit
+from dalle_mini_impl.data.pictures import to_rgb, to_square
 from dalle_mini_impl.text import TextTokenizer
 
 Pictures = Tensor | Iterable[Image.Image]

@@ -13,10 +13,9 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image
 
-from dalle_mini_impl.config import DataConfig
+from dalle_mini_impl.config import DataConfig, Fit
 
 Reason = Literal["unreadable", "bomb", "tiny", "empty_caption"]
-Fit = Literal["crop", "pad", "stretch"]
 
 _ENDINGS = "jpg jpeg jpe jfif png apng gif webp bmp dib tif tiff ppm pgm pbm pnm jp2 avif tga ico heic heif jxl"
 EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
