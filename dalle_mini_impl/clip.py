@@ -16,7 +16,7 @@ from dalle_mini_impl.config import CLIPConfig
 from dalle_mini_impl.layers.blocks import Block
 from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.recompute import recomputed
-from dalle_mini_impl.precision import autocast_off
+from dalle_mini_impl.precision import full_product
 from dalle_mini_impl.stream import PAD
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -210,7 +210,7 @@ class CLIP(nn.Module):
         the pictures. Texts beyond those are hard negatives: pictures are compared with them, too, but not they with
         the pictures.
         """
-        logits = self._scale() * cosines(image_vectors, text_vectors)  # (B, M)
+        logits = self._scale() * full_product(image_vectors, text_vectors)  # (B, M), log-odds: bf16 is too coarse
         positive = image_keys[:, None] == text_keys[None, :]
         if self.logit_bias is not None:
             signs = positive.to(logits.dtype) * 2 - 1
@@ -244,20 +244,13 @@ class CLIP(nn.Module):
         image_vectors, text_vectors = self.pool(places), self.encode_text(all_ids)
         loss = self.contrast(image_vectors, text_vectors, keys, all_keys)
         with torch.no_grad():
-            found = (all_keys[cosines(image_vectors, text_vectors).argmax(dim=1)] == keys).float().mean()
+            found = (all_keys[full_product(image_vectors, text_vectors).argmax(dim=1)] == keys).float().mean()
         metrics = {"batch_recall": found, "logit_scale": self.logit_scale.detach().exp()[0]}
         if self.captioner is not None:
             caption_nll = self.caption_nll(places, text_ids).sum() / (text_ids[:, 1:] != PAD).sum()
             metrics |= {"contrast": loss.detach(), "caption_nll": caption_nll.detach()}
             loss = loss + self.config.caption_weight * caption_nll
         return loss, metrics
-
-
-def cosines(vectors: Tensor, others: Tensor) -> Tensor:
-    """Of unit vectors (n, E) and (m, E), (n, m), fp32 inside of any autocast: times the scale they are log-odds."""
-    with autocast_off(vectors.device):
-        product: Tensor = vectors @ others.t()
-    return product
 
 
 def _multi_positive_nll(logits: Tensor, positive: Tensor) -> Tensor:

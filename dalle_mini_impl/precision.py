@@ -7,6 +7,7 @@ import platform
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -33,3 +34,10 @@ def autocast_off(device: torch.device) -> contextlib.AbstractContextManager[Any]
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def full_product(rows: Tensor, others: Tensor) -> Tensor:
+    """rows (…, K) times others (M, K) transposed, (…, M), in their own type inside of any autocast."""
+    with autocast_off(rows.device):
+        product: Tensor = rows @ others.t()
+    return product

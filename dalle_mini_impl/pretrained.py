@@ -28,6 +28,7 @@ from dalle_mini_impl.config import MODELS, OPTIONAL_STAGES, Recipe, Stage
 from dalle_mini_impl.dalle import DALLE
 from dalle_mini_impl.embed import OwnCLIP
 from dalle_mini_impl.files import write_atomically, write_json
+from dalle_mini_impl.out_of_memory import first_line
 from dalle_mini_impl.prior import Prior
 from dalle_mini_impl.stream import Stream
 from dalle_mini_impl.text import TextTokenizer
@@ -214,7 +215,7 @@ def check_target(folder: Path, source: str | Path) -> None:
 def checkpoint_hash(folder: str | Path) -> str:
     """First 12 hex digits of the SHA-256 over config, tokenizer and weights of a checkpoint folder."""
     digest = hashlib.sha256()
-    for name in (CONFIG, TOKENIZER, *(f"{stage}.safetensors" for stage in MODELS)):
+    for name in (name for name in FILES if name != CARD):
         path = Path(folder) / name
         if path.is_file():
             digest.update(f"{name} {path.stat().st_size}\n".encode())
@@ -348,7 +349,7 @@ def _download(hub_id: str, known: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=list(FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"no folder {hub_id!r} here, and the hub didn't give it ({reason}); {known}") from None
     if not (folder / CONFIG).is_file():
         raise ValueError(f"hub repository {hub_id!r} is no checkpoint: it has no {CONFIG}")

@@ -24,7 +24,7 @@ from dalle_mini_impl.layers.norm import Norm
 from dalle_mini_impl.layers.recompute import recomputed
 from dalle_mini_impl.layers.rope import axis_angles
 from dalle_mini_impl.noise import gumbel_noise, noise_key
-from dalle_mini_impl.precision import autocast_off
+from dalle_mini_impl.precision import autocast_off, full_product
 from dalle_mini_impl.stream import NULL, PAD
 
 _ROWS_AT_ONCE = 512
@@ -291,10 +291,7 @@ class Prior(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(..., num_buckets) float32 of (..., dim)."""
-        amplitudes = self.head(hidden).float()
-        with autocast_off(hidden.device):
-            logits: Tensor = amplitudes @ self.cosines.t()
-        return logits
+        return full_product(self.head(hidden).float(), self.cosines)
 
 
 def code_cosines(num_buckets: int) -> Tensor:

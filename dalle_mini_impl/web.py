@@ -80,8 +80,7 @@ class Page:
         top_p: float,
     ) -> Iterator[tuple[Shown, str]]:
         """Pictures while they are drawn, then the best of them, with a line that says how far it is."""
-        settings = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
-        yield from self._draw(prompt, int(candidates), int(keep), seed, settings, None)
+        yield from self._draw(prompt, int(candidates), int(keep), seed, (guidance, temperature, top_p), None)
 
     def vary(
         self,
@@ -100,17 +99,24 @@ class Page:
             raise gr.Error("choose a picture first: select a drawn one, or load a file", print_exception=False)
         picture = _checked(Origin.read, Path(origin))
         known = _checked(picture.known, self.model, share, None)
-        settings = {"guidance": guidance, "temperature": temperature, "top_p": top_p}
-        yield from self._draw(prompt or picture.prompt or "", int(candidates), int(keep), seed, settings, known)
+        prompt, sampler = prompt or picture.prompt or "", (guidance, temperature, top_p)
+        yield from self._draw(prompt, int(candidates), int(keep), seed, sampler, known)
 
     def _draw(
-        self, prompt: str, candidates: int, keep: int, seed: float | None, changes: dict[str, Any], known: Tensor | None
+        self,
+        prompt: str,
+        candidates: int,
+        keep: int,
+        seed: float | None,
+        sampler: tuple[float, float, float],
+        known: Tensor | None,
     ) -> Iterator[tuple[Shown, str]]:
         if seed is None:
             raise gr.Error("give a seed, a whole number", print_exception=False)
         if not prompt.strip():
             raise gr.Error("write what is to be drawn", print_exception=False)
-        settings = _checked(self.model.settings, **changes)
+        guidance, temperature, top_p = sampler
+        settings = _checked(self.model.settings, guidance=guidance, temperature=temperature, top_p=top_p)
         drawings = self.model.stream(
             prompt.strip(), candidates, min(keep, candidates), int(seed), settings=settings, known=known
         )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_mini_impl.config import VAEConfig
-from dalle_mini_impl.precision import autocast_off
+from dalle_mini_impl.precision import full_product
 
 SOFTNESS = 0.05
 """Temperature of the soft assignment, in cosine similarity, by which the use of codes is balanced."""
@@ -224,10 +224,8 @@ class VectorQuantizer(Quantizer):
         self._has_codebook = True
 
     def _cosines(self, rows: Tensor) -> Tensor:
-        """Of rows (n, C) with all codes, (n, K), fp32 inside of any autocast: bf16 doesn't tell near codes apart."""
-        with autocast_off(rows.device):
-            cosines: Tensor = rows @ self.codebook.t()
-        return cosines
+        """Of rows (n, C) with all codes, (n, K): bf16 wouldn't tell near codes apart."""
+        return full_product(rows, self.codebook)
 
     def _nearest(self, rows: Tensor) -> Tensor:
         return self._cosines(rows).argmax(dim=1)

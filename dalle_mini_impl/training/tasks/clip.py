@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dalle_mini_impl.clip import CLIP, MAX_LOGIT_SCALE, cosines
+from dalle_mini_impl.clip import CLIP, MAX_LOGIT_SCALE
 from dalle_mini_impl.config import Recipe, Stage
 from dalle_mini_impl.data.prepare import PreparedData
 from dalle_mini_impl.data.token_cache import TokenCache, images_from_pixels
 from dalle_mini_impl.data.views import shift_images
-from dalle_mini_impl.precision import autocast_off
+from dalle_mini_impl.precision import autocast_off, full_product
 from dalle_mini_impl.stream import PAD
 from dalle_mini_impl.text import TextTokenizer, normalize_caption
 from dalle_mini_impl.training import evaluation
@@ -50,8 +50,8 @@ class CLIPTask(BaseTask):
         self.text_length = model.text_length
         self.captioned = captioned(data, data.train)
         self.num_negatives = recipe.clip.hard_negatives
-        captions = (c for i in self.captioned for c in data.captions[i] if self.num_negatives)
-        self.changer = CaptionChanger(captions)
+        changeable = self.captioned if self.num_negatives else ()
+        self.changer = CaptionChanger(c for i in changeable for c in data.captions[i])
         check_captioned(self.stage, self.captioned)
         self.num_items = len(self.captioned)
         self.decoder = decoder
@@ -127,7 +127,7 @@ class CLIPTask(BaseTask):
             loss = clip.contrast(images, flat_texts, keys[:, 0], flat_keys)
         image_grad, text_grad, *self._scale_grads = torch.autograd.grad(loss, inputs)
         with torch.no_grad():
-            found = (flat_keys[cosines(images, flat_texts).argmax(dim=1)] == keys[:, 0]).float().mean()
+            found = (flat_keys[full_product(images, flat_texts).argmax(dim=1)] == keys[:, 0]).float().mean()
         self._global = {"loss": loss.detach(), "batch_recall": found, "logit_scale": clip.logit_scale.detach().exp()[0]}
         start = self.accelerator.process_index * sum(sizes)
         rows = slice(start, start + sum(sizes))
