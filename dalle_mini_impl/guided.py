@@ -92,8 +92,8 @@ class GuideSettings(Section):
     nearness: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean square distance of the decoder's input to that of the start."""
     prior: Annotated[float, Field(ge=0)] = 0.05
-    """Weight of DALL·E's opinion: nats a token that the codes cost, given the first prompt and the tokens before.
-    Without it, a small CLIP is content with what no picture looks like."""
+    """Weight of DALL·E's opinion: nats a token that the codes cost, given the tokens before and the first prompt of
+    positive weight. Without it, a small CLIP is content with what no picture looks like."""
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,12 @@ def toml(tmp_path: Path) -> Path:
     return path
 
 
-def test_one_stage_from_the_command_line(toml: Path, tmp_path: Path) -> None:
+def test_one_stage_from_the_command_line(toml: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     base = ["--config", str(toml), "--data", "shapes:count=30", "--out", str(out), "--stage", "vae"]
     assert run(*base, "--set", "train.vae.steps=2", "--set", 'name="other"') == 0
+    said = capfd.readouterr().err
+    assert f"{out / 'checkpoint'} is ready\n" in said and "sample.py" not in said, "a VAE alone draws nothing"
     bundle = load_bundle(out)
     assert bundle.vae is not None and bundle.dalle is None
     assert bundle.recipe.name == "other" and bundle.recipe.train.vae.steps == 2

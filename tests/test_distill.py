@@ -193,6 +193,7 @@ def test_from_the_command_line(before: Path, tmp_path: Path, capfd: pytest.Captu
     base = ["--data", DATA, "--out", str(out), "--stage", "distill", *sets]
     assert command("--init-from", str(before), *base) == 0
     assert load_bundle(out).recipe.sampling.guidance == 1.0
+    assert f"is ready: python sample.py --checkpoint {out} --prompt" in capfd.readouterr().err
     (tmp_path / "r.toml").write_text("[data]\nimage_size = 16\n[vae]\ndownsample = 4\npatch = 2\n")
     base = ["--data", DATA, "--out", str(tmp_path / "none"), "--stage", "distill"]
     assert command("--config", str(tmp_path / "r.toml"), *base) == 2

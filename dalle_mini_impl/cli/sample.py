@@ -36,7 +36,8 @@ def sample(
     keep: Annotated[
         float | None,
         typer.Option(
-            help="Best pictures to keep of each prompt (default 4); below 1: the share of --from's picture to keep."
+            help="Best pictures to keep of each prompt (default 4); "
+            "below 1: the share of --from's picture to keep (default 0.5)."
         ),
     ] = None,
     seed: Annotated[

@@ -50,7 +50,10 @@ class TrackerName(enum.StrEnum):
 
 def train(
     data: Annotated[
-        str, typer.Option(help="Folder, file, tar shards, Hugging Face dataset, or a made source (shapes, emoji).")
+        str,
+        typer.Option(
+            help="Folder, file, tar shards, Hugging Face dataset, or a made source (shapes, textures, emoji)."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run, for example runs/mine.")],
     config: Annotated[
@@ -123,7 +126,15 @@ def train(
     if not finished:
         _say_stopped(accelerator.is_main_process, out)
     elif accelerator.is_main_process:
-        typer.echo(f"{out / 'checkpoint'} is ready: python sample.py --checkpoint {out} --prompt …", err=True)
+        _say_ready(out)
+
+
+def _say_ready(out: Path) -> None:
+    """What was made, and how to draw with it where it has all that drawing takes."""
+    checkpoint = out / "checkpoint"
+    draws = all((checkpoint / f"{model}.safetensors").is_file() for model in ("vae", "dalle"))
+    remedy = f": python sample.py --checkpoint {out} --prompt …" if draws else ""
+    typer.echo(f"{checkpoint} is ready{remedy}", err=True)
 
 
 def _say_stopped(is_main: bool, out: Path) -> None:

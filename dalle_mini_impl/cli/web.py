@@ -19,7 +19,7 @@ def web(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 7860,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures. (default a temporary one)")] = None,
 ) -> None:
-    """Serve a page to draw, watch, vary, classify and search; Ctrl-C ends it."""
+    """Serve a page to draw, watch, vary, classify, caption and search; Ctrl-C ends it."""
     try:
         import gradio  # noqa: F401
     except ImportError:

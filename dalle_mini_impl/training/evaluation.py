@@ -206,7 +206,8 @@ def likelihood(
             other_text = tokenizer.batch([others[int(chunk[row])] for row in swapped], dalle.stream.text_length)[0]
             theirs = None if own_embeddings is None else own_embeddings[swapped]
             with context.autocast():
-                own = dalle.loss(text[swapped], ids[swapped], embedding=theirs)
+                is_all = len(swapped) == len(chunk)
+                own = true if is_all else dalle.loss(text[swapped], ids[swapped], embedding=theirs)
                 other = dalle.loss(other_text.to(device), ids[swapped], embedding=theirs)
             sums[4:6] += torch.stack([other.image_nll_sum - own.image_nll_sum, other.num_image])
         return sums

@@ -53,7 +53,7 @@ class Sharding:
             "fsdp_auto_wrap_policy: SIZE_BASED_WRAP": wrap == "SIZE_BASED_WRAP" and "set TRANSFORMER_BASED_WRAP",
             "fsdp_offload_params": _is_set("FSDP_OFFLOAD_PARAMS") and "set it to false",
             "fsdp_activation_checkpointing": plugin.activation_checkpointing
-            and "set it to false and train.STAGE.micro_batch_size in the recipe",
+            and "set it to false, and train.STAGE.checkpoint_gradients to true in the recipe",
             "fsdp_ignored_modules": plugin.ignored_modules and "leave it out",
             "parallelism_config": getattr(accelerator, "parallelism_config", None) and "leave it out",
         }
