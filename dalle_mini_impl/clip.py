@@ -20,6 +20,9 @@ from dalle_mini_impl.precision import full_product
 from dalle_mini_impl.stream import PAD
 
 MAX_LOGIT_SCALE = math.log(100.0)
+SIGLIP_BIAS = -5.0
+"""Where siglip's bias starts: about -ln of the negatives in batches of a hundred or some hundreds. The paper's -10 is
+for 32,768; from so far off, a short training doesn't get to what its batches want."""
 
 
 class ImageTower(nn.Module):
@@ -114,7 +117,7 @@ class CLIP(nn.Module):
         self.captioner = Captioner(config, text_length, text_vocab) if config.caption_layers else None
         siglip = config.loss == "siglip"
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(10.0 if siglip else 1 / 0.07)))
-        self.logit_bias = nn.Parameter(torch.full((1,), -10.0)) if siglip else None
+        self.logit_bias = nn.Parameter(torch.full((1,), SIGLIP_BIAS)) if siglip else None
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         """Kernels of the stem and weights of the transformers' linear layers, which Muon may train."""

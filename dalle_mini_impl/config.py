@@ -427,7 +427,22 @@ class StageConfig(Section):
     """torch.compile the transformer's blocks in dalle's training; auto: in stages long enough to gain from it."""
 
 
-class VAEStageConfig(StageConfig):
+class FastBesideMuonConfig(StageConfig):
+    """Stages in which what Muon leaves to AdamW is known to gain from a high rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 8e-3
+    """Peak rate of AdamW beside Muon. 2e-3 where it trains the matrices, too, and no other is given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gentler_on_matrices(cls, values: Any) -> Any:
+        """Matrices don't bear the rate that suits the rest."""
+        if isinstance(values, dict) and values.get("optimizer") == "adamw":
+            return {"learning_rate": StageConfig().learning_rate, **values}
+        return values
+
+
+class VAEStageConfig(FastBesideMuonConfig):
     """The VAE's defaults. Stages have classes of their own, so that setting one key leaves the others as they are."""
 
     steps: Positive = 4000
@@ -443,26 +458,15 @@ class CLIPStageConfig(StageConfig):
     batch_size: Positive = 128
 
 
-class DALLEStageConfig(StageConfig):
-    """DALL·E's, the one that is known to gain from weight decay, and from a high rate of what Muon leaves to AdamW."""
+class DALLEStageConfig(FastBesideMuonConfig):
+    """DALL·E's, the one whose matrices are known to gain from weight decay."""
 
     steps: Positive = 4000
     budget_share: Annotated[float, Field(gt=0)] = 0.56
-    learning_rate: Annotated[float, Field(gt=0)] = 8e-3
-    """Peak rate of AdamW, which trains embeddings, heads and norms beside Muon. 2e-3 where it trains matrices, too, and
-    no other is given."""
     muon_smallest: Annotated[float, Field(ge=1e-6, le=0.5)] = 1e-2
     muon_per_head: bool = True
     muon_beta2: Share = 0.95
     muon_timescale: Annotated[float, Field(ge=0)] = 0.4
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gentler_on_matrices(cls, values: Any) -> Any:
-        """Matrices don't bear the rate that suits the rest."""
-        if isinstance(values, dict) and values.get("optimizer") == "adamw":
-            return {"learning_rate": StageConfig().learning_rate, **values}
-        return values
 
 
 class PriorStageConfig(StageConfig):

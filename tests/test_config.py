@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from dalle_mini_impl.config import Recipe, Section
 
-RATE = "train.dalle.learning_rate"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
 
@@ -43,13 +42,15 @@ def test_setting_one_key_of_a_stage_leaves_the_others_as_they_are(stage: str) ->
     assert changed == default.model_copy(update={"warmup_steps": 7})
 
 
-def test_adamw_on_matrices_is_gentler_unless_told_otherwise() -> None:
+@pytest.mark.parametrize("stage", ["vae", "dalle"])
+def test_adamw_on_matrices_is_gentler_unless_told_otherwise(stage: str) -> None:
+    adamw, rate = f"train.{stage}.optimizer=adamw", f"train.{stage}.learning_rate"
     beside_muon, alone, told = (
-        Recipe.parse({}, settings).train.dalle.learning_rate
-        for settings in ([], ["train.dalle.optimizer=adamw"], ["train.dalle.optimizer=adamw", f"{RATE}=0.01"])
+        getattr(Recipe.parse({}, settings).train, stage).learning_rate
+        for settings in ([], [adamw], [adamw, f"{rate}=0.01"])
     )
     assert (beside_muon, alone, told) == (8e-3, 2e-3, 0.01)
-    assert Recipe.parse({}, [f"{RATE}=0.004"]).train.dalle.learning_rate == 0.004
+    assert getattr(Recipe.parse({}, [f"{rate}=0.004"]).train, stage).learning_rate == 0.004
 
 
 def test_later_overrides_win_and_inputs_stay_as_they_were() -> None:
