@@ -150,6 +150,16 @@ def test_training_can_fit_a_picture(quantizer: str) -> None:
     assert better > grey + 2  # dB
 
 
+@pytest.mark.parametrize("quantizer", KINDS)
+def test_adamw_keeps_the_kernels_that_make_codes_and_that_paint(quantizer: str) -> None:
+    vae = _vae(quantizer)
+    kernels = {name for name, p in vae.named_parameters() if p.ndim == 4}
+    muons = {id(p) for p in vae.hidden_matrices()}
+    codes, paint = f"encoder.{len(vae.encoder) - 1}.weight", f"decoder.{len(vae.decoder) - 2}.weight"
+    assert {codes, paint} == {name for name, p in vae.named_parameters() if name in kernels and id(p) not in muons}
+    assert len(muons) == len(kernels) - 2
+
+
 @pytest.mark.parametrize("downsample", [4, 8, 16])
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_every_stem_fits_every_grid(downsample: int, patch: int) -> None:

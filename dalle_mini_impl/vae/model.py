@@ -49,9 +49,8 @@ class DiscreteVAE(nn.Module):
         self.decoder = build_decoder(config, self.quantizer.out_channels, raw_channels)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The kernels of the residual blocks and of the convolutions between levels, which Muon may train."""
-        ends = {id(self.encoder[1].weight), id(self.encoder[-1].weight), id(self.decoder[0].weight)}
-        ends.add(id(self.last_layer))
+        """All kernels but those that make codes and those that paint, which Muon may train."""
+        ends = {id(self.encoder[-1].weight), id(self.last_layer)}
         kernels = [p for part in (self.encoder, self.decoder) for p in part.parameters() if p.ndim == 4]
         return [p for p in kernels if id(p) not in ends]
 
