@@ -111,7 +111,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     [
         ({"fsdp_version": 1}, "set fsdp_version: 2"),
         ({"fsdp_offload_params": True}, "fsdp_offload_params"),
-        ({"fsdp_activation_checkpointing": True}, "micro_batch_size"),
+        ({"fsdp_activation_checkpointing": True}, "checkpoint_gradients"),
         ({"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, "set TRANSFORMER_BASED_WRAP"),
     ],
 )
