@@ -19,7 +19,7 @@ def report(
         str | None, typer.Option(metavar="CHECKPOINT", help="Its CLIP judges best-of-N (shapes: their checker does).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of captions and pictures, and of the drawing.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File to write, or a folder. (default RUN/report.html)")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, *.html, or a folder. (default RUN/report.html)")] = None,
 ) -> None:
     """Write a run's report: one HTML page, complete in itself.
 
@@ -46,7 +46,7 @@ def report(
     if of_shapes and judge is not None:
         raise ValueError("shapes are judged by their checker: leave out --judge")
     chosen = shapes_judge() if of_shapes else clip_judge(judge, str(run)) if judge is not None else None
-    path = run / "report.html" if out is None else out / "report.html" if out.is_dir() or not out.suffix else out
+    path = _page_path(run if out is None else out)
     total = samples * candidates * record.recipe.grid_size**2
     with progress_bar(total) as progress:
         options = Options(
@@ -71,3 +71,9 @@ def report(
     for name, reason in findings.missing.items():
         typer.echo(f"no {name}: {reason}")
     typer.echo(str(path))
+
+
+def _page_path(out: Path) -> Path:
+    """A page's path where `out` names one or a file that is there, else report.html in the folder that `out` names."""
+    is_page = not out.is_dir() and (out.suffix.lower() in {".html", ".htm"} or out.is_file())
+    return out if is_page else out / "report.html"
