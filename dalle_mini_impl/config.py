@@ -259,6 +259,9 @@ class DALLEConfig(Section):
     the one under the next. It has captions learned sooner; checkpoints and drawing stay as they are."""
     look_ahead_weight: Annotated[float, Field(ge=0)] = 0.3
     """Weight of each of them beside the next one's 1."""
+    code_features: bool = False
+    """In training, what is learned of a code is learned of codes like it, too: beside a row for each code, the tables
+    of codes have a linear map of what the VAE's decoder is given for it. Checkpoints and drawing stay as they are."""
     soft_targets: Share = 0.0
     """Share of the image tokens' loss that is about targets spread over codes like the true one, where training begins;
     it falls to 0 at the middle of the run. What a cell shows is learned before which of several like codes it has."""

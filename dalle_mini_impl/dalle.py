@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dalle_mini_impl.config import DALLEConfig
 from dalle_mini_impl.layers.attention import KVCache
 from dalle_mini_impl.layers.blocks import Block
+from dalle_mini_impl.layers.code_features import CodeFeatures, add_features, features_of, fold_features
 from dalle_mini_impl.layers.look_ahead import LookAhead
 from dalle_mini_impl.layers.masks import stream_mask
 from dalle_mini_impl.layers.native_attention import kernel_types
@@ -121,6 +122,34 @@ class DALLE(nn.Module):
         """Has `loss` ask in training for the cells of config.look_ahead, too; those weights are no checkpoint's."""
         if self.config.look_ahead:
             self.look_ahead = LookAhead(self.config.dim, self.stream.grid_size, self.config.look_ahead)
+
+    def learn_by_features(self, vectors: Tensor) -> None:
+        """Has what is learned of a code be learned of codes like it, too, where config.code_features asks for it.
+
+        vectors: (V, C), what the VAE's decoder is given for each code. What is computed stays as it is; see
+        `CodeFeatures`. Raises ValueError for another number of codes.
+        """
+        if not self.config.code_features:
+            return
+        if len(vectors) != self.stream.image_vocab:
+            raise ValueError(f"vectors of {len(vectors)} codes for a DALLE of {self.stream.image_vocab}: give each one")
+        dim, features = self.config.dim, features_of(vectors.detach()).to(self.image_head.weight.device)
+        for table in (self.image_embedding, self.image_head):
+            add_features(table, CodeFeatures(features, dim))
+        if self.neighbours is not None:
+            cells = len(self.config.neighbours)
+            add_features(self.neighbours.table, CodeFeatures(features, dim, tables=cells, has_none=True))
+
+    def end_training(self) -> None:
+        """Leaves out what serves training alone: looking ahead, features of codes beside their rows, compiled blocks.
+
+        What it draws stays as it is.
+        """
+        self.look_ahead = None
+        self.run_plainly()
+        for table in (self.image_embedding, self.image_head, self.neighbours and self.neighbours.table):
+            if table is not None:
+                fold_features(table)
 
     def add_views(self, num_views: int) -> None:
         """Makes room for so many views in all; what it makes of those that it knows stays as it is.

@@ -29,6 +29,7 @@ def recipe(*overrides: str) -> Recipe:
         "vae.quantize_after=0",
         "dalle.dropout=0.1",
         'dalle.look_ahead=["below"]',
+        "dalle.code_features=true",
         *stages,
         *overrides,
     )

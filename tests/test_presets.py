@@ -72,7 +72,7 @@ def test_what_was_measured_to_be_good_is_chosen() -> None:
     ours = Recipe.from_toml(Path(__file__).parents[1] / "configs" / "shapes.toml")
     assert all(
         getattr(shapes.dalle, key) == getattr(ours.dalle, key)
-        for key in ("dim", "layers", "heads", "neighbours", "look_ahead", "soft_targets")
+        for key in ("dim", "layers", "heads", "neighbours", "look_ahead", "soft_targets", "code_features")
     )
     assert shapes.data.image_size == ours.data.image_size and shapes.grid_size == ours.grid_size
     assert (shapes.clip.stem_width, shapes.train.clip.muon_learning_rate) == (64, 0.01)

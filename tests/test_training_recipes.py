@@ -45,6 +45,7 @@ TRAINING_KEYS: dict[str, frozenset[str]] = {
             "look_ahead",
             "look_ahead_weight",
             "soft_targets",
+            "code_features",
         }
     ),
     "prior": frozenset({"dropout", "caption_dropout"}),

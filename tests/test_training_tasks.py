@@ -126,7 +126,15 @@ def looking_task(*overrides: str) -> DALLETask:
     return task
 
 
-@pytest.mark.parametrize("make", [vae_task, vq_task, *CLIP_TASKS, dalle_task, reading_task, looking_task])
+def featured_task() -> DALLETask:
+    task = dalle_task("dalle.code_features=true")
+    cast(DALLE, task.model).learn_by_features(task.vae.code_vectors())
+    return task
+
+
+@pytest.mark.parametrize(
+    "make", [vae_task, vq_task, *CLIP_TASKS, dalle_task, reading_task, looking_task, featured_task]
+)
 @pytest.mark.parametrize("micro_batch_size", [1, 5])
 def test_cutting_a_batch_up_changes_neither_loss_nor_gradient(make: Callable[[], Any], micro_batch_size: int) -> None:
     task = make()

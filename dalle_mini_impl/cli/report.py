@@ -19,7 +19,9 @@ def report(
         str | None, typer.Option(metavar="CHECKPOINT", help="Its CLIP judges best-of-N (shapes: their checker does).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of captions and pictures, and of the drawing.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="File to write, *.html, or a folder. (default RUN/report.html)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, *.html, or a folder. (default RUN/report.html)")
+    ] = None,
 ) -> None:
     """Write a run's report: one HTML page, complete in itself.
 

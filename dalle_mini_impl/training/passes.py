@@ -119,7 +119,10 @@ class StagePasses:
         return Passes(vae, lambda: (vae.encoder(self.images), vae.decoder(latents)), first)
 
     def _dalle(self) -> Passes:
-        """The loss of a picture that is drawn, with the cells ahead and spread targets where the recipe has them."""
+        """The loss of a picture that is drawn, with the cells ahead and spread targets where the recipe has them.
+
+        Features of codes are left out: their maps are small, and computed once a batch.
+        """
         dalle, codes = build_dalle(self.recipe, self.stream), self.stream.image_vocab
         dalle.learn_to_look_ahead()
         likeness = torch.zeros(codes, codes) if self.recipe.dalle.soft_targets else None

@@ -400,8 +400,7 @@ class Run:
     def _keep(self, stage: Stage, model: nn.Module, summary: dict[str, Any], remaining: Sequence[Stage]) -> None:
         """Writes the checkpoint with a stage's model in it, then marks the stage as finished."""
         if isinstance(model, DALLE):
-            model.look_ahead = None
-            model.run_plainly()
+            model.end_training()
         metrics = {**self.bundle.metadata.get("metrics", {}), stage: summary}
         for later, name in FURTHER.items():
             if stage == name:

@@ -20,8 +20,7 @@ ENDS_AT = 0.5
 @torch.no_grad()
 def code_likeness(vae: DiscreteVAE) -> Tensor:
     """How targets are spread over codes, (V, V) fp32: rows that add up to 1, by distances of what the decoder gets."""
-    codes = torch.arange(vae.num_codes, device=next(vae.parameters()).device)
-    vectors = vae.quantizer.vectors(codes[None], 1).float()[0, :, 0].t()  # (V, C)
+    vectors = vae.code_vectors()
     squared = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
     unit = vectors.square().sum(dim=1).mean().clamp(min=1e-12)
     return (-squared / (2 * SPREAD * unit)).softmax(dim=1)

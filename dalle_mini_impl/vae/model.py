@@ -72,6 +72,12 @@ class DiscreteVAE(nn.Module):
         raw = self.decoder(self.quantizer.vectors(ids, self.grid_size))
         return self.pictures(raw.float()).clamp(0, 1)
 
+    @torch.no_grad()
+    def code_vectors(self) -> Tensor:
+        """What the decoder is given for each code, (V, C) fp32."""
+        codes = torch.arange(self.num_codes, device=next(self.parameters()).device)
+        return self.quantizer.vectors(codes[None], 1).float()[0, :, 0].t()
+
     def decode_latents(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, S, S) of latents' hard codes, and those ids (B, N); the gradient passes the rounding.
 
