@@ -147,9 +147,7 @@ class DALLE(nn.Module):
         """
         self.look_ahead = None
         self.run_plainly()
-        for table in (self.image_embedding, self.image_head, self.neighbours and self.neighbours.table):
-            if table is not None:
-                fold_features(table)
+        fold_features(self)
 
     def add_views(self, num_views: int) -> None:
         """Makes room for so many views in all; what it makes of those that it knows stays as it is.

@@ -57,7 +57,8 @@ def add_features(table: nn.Module, features: CodeFeatures) -> None:
     parametrize.register_parametrization(table, "weight", features)
 
 
-def fold_features(table: nn.Module) -> None:
-    """Makes rows plus features a table's own rows; one that has no features stays as it is."""
-    if parametrize.is_parametrized(table, "weight"):
-        parametrize.remove_parametrizations(table, "weight")
+def fold_features(model: nn.Module) -> None:
+    """Makes rows plus features the own rows of each of a model's tables that has features."""
+    for table in model.modules():
+        if parametrize.is_parametrized(table, "weight"):
+            parametrize.remove_parametrizations(table, "weight")

@@ -94,7 +94,7 @@ class TaskBuilder:
             parts = (self.data, recipe, bundle.tokenizer, self.cache(stage), bundle.vae, embeddings)
             return DistillTask(teacher, *parts)
         dalle = self._model(stage, self._build_learning_dalle)
-        dalle.learn_by_features(bundle.vae.code_vectors())
+        dalle.learn_by_features(bundle.vae.code_vectors())  # beside rows that are loaded by now
         return DALLETask(dalle, self.data, recipe, bundle.tokenizer, self.cache(stage), bundle.vae, embeddings)
 
     def _prior_task(self) -> PriorTask:
